@@ -1,0 +1,200 @@
+"""What to do to a model: one configuration object, saved in the checkpoint, resolved per layer by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .errors import NMError
+from .patterns import NMPattern, OutlierPattern
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "nm"
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+INTEGER_DTYPES = ("int8", "int4")
+OUTLIER_DTYPES = ("float16", "float32")
+POSITION_FORMATS = ("codes", "bitmap")
+SCORES = ("magnitude", "wanda", "ria")
+SOLVERS = ("mask",)
+EQUALIZATION_MODES = ("score", "fold")
+VARIANCE_CORRECTIONS = ("row", "tensor", "output", "least-squares")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """How one linear layer is stored. The fields an entry of `NMConfig.overrides` may set, with the same meaning."""
+
+    pattern: NMPattern
+    outliers: OutlierPattern | None
+    weight_dtype: str
+    group_size: int
+    positions: str
+    outlier_dtype: str
+
+
+LAYER_FIELDS = tuple(f.name for f in dataclasses.fields(LayerConfig))
+
+
+@dataclass
+class NMConfig:
+    """Sparsification settings of a model; also the `quantization_config` of its checkpoint.
+
+    Args:
+        pattern: `"N:M"`, keep N of every M consecutive inputs; M in 4, 8, 16, 32.
+        outliers: `"k:block"`, weights kept in `outlier_dtype` outside the N:M budget (2507.03052 §3); None for none.
+        score: importance of a weight: "magnitude", "wanda" (|w|·‖x‖₂) or "ria" (relative importance, 2402.18096).
+        score_exponent: power of ‖x‖₂ in "ria".
+        solver: "mask" keeps the surviving weights as they are.
+        equalization: SmoothQuant-like α in 0…1, or None for no equalization.
+        equalization_mode: "score" rescales for statistics only; "fold" rescales the weights and folds the inverse into
+            the preceding norm or linear, where the architecture allows.
+        variance_correction: "row", "tensor", "output", "least-squares" or None.
+        finetune: settings of blockwise fine-tuning; None for none.
+        weight_dtype: stored values: float32, float16, bfloat16, int8, int4.
+        group_size: dense columns per float16 scale (int8, int4), a multiple of M; -1 or "row" for one per row.
+        positions: "codes" (⌈log2 C(M,N)⌉ bits a group) or "bitmap" (M bits a group).
+        outlier_dtype: "float16" or "float32".
+        exclude: shell wildcards of module names left as they are.
+        overrides: {shell wildcard of module names: {field of LayerConfig: value}}; of several matches the later wins.
+        preset: name of the preset the other fields came from, informative.
+        calibration_samples: number of calibration windows.
+        calibration_length: tokens per window.
+        seed: of the choice of windows.
+
+    Raises:
+        NMError: a value is outside the above.
+    """
+
+    pattern: str = "8:16"
+    outliers: str | None = None
+    score: str = "ria"
+    score_exponent: float = 0.5
+    solver: str = "mask"
+    equalization: float | None = 0.5
+    equalization_mode: str = "score"
+    variance_correction: str | None = "row"
+    finetune: dict[str, Any] | None = None
+    weight_dtype: str = "float16"
+    group_size: int | str = 128
+    positions: str = "codes"
+    outlier_dtype: str = "float16"
+    exclude: list[str] = field(default_factory=lambda: ["lm_head"])
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    preset: str | None = None
+    calibration_samples: int = 128
+    calibration_length: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_choice("score", self.score, SCORES)
+        _require_choice("solver", self.solver, SOLVERS)
+        _require_choice("equalization_mode", self.equalization_mode, EQUALIZATION_MODES)
+        _require_choice("variance_correction", self.variance_correction, (None, *VARIANCE_CORRECTIONS))
+        if self.equalization is not None and not 0 <= self.equalization <= 1:
+            raise NMError(f"equalization is {self.equalization}; it must be between 0 and 1, or None.")
+        if self.finetune is not None:
+            raise NMError("finetune is set; blockwise fine-tuning is not available in this version, use None.")
+        for name in ("calibration_samples", "calibration_length"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise NMError(f"{name} is {getattr(self, name)!r}; it must be a whole number above 0.")
+        if not isinstance(self.exclude, list) or not all(isinstance(p, str) for p in self.exclude):
+            raise NMError(f"exclude is {self.exclude!r}; it must be a list of name patterns.")
+        self._layer({})
+        for name_pattern, changes in self.overrides.items():
+            unknown = set(changes) - set(LAYER_FIELDS)
+            if unknown:
+                raise NMError(
+                    f"override {name_pattern!r} sets {sorted(unknown)[0]!r}; it may set {', '.join(LAYER_FIELDS)}."
+                )
+            self._layer(changes)
+        self.pattern = str(NMPattern.parse(self.pattern))
+        self.outliers = None if self.outliers is None else str(OutlierPattern.parse(self.outliers))
+
+    def _layer(self, changes: dict[str, Any]) -> LayerConfig:
+        values = {name: getattr(self, name) for name in LAYER_FIELDS} | changes
+        _require_choice("weight_dtype", values["weight_dtype"], WEIGHT_DTYPES)
+        _require_choice("positions", values["positions"], POSITION_FORMATS)
+        _require_choice("outlier_dtype", values["outlier_dtype"], OUTLIER_DTYPES)
+        values["pattern"] = NMPattern.parse(values["pattern"])
+        values["outliers"] = OutlierPattern.parse(values["outliers"])
+        values["group_size"] = check_group_size(values["group_size"], values["pattern"])
+        return LayerConfig(**values)
+
+    def is_excluded(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def layer(self, name: str) -> LayerConfig | None:
+        """The configuration of the module called `name` (full dotted name), or None when it is excluded."""
+        if self.is_excluded(name):
+            return None
+        changes: dict[str, Any] = {}
+        for pattern, override in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                changes |= override
+        return self._layer(changes)
+
+    def check_names(self, names: list[str]) -> None:
+        """Raise NMError if an override, or an exclude pattern other than the default, matches none of `names`."""
+        for kind, patterns in (("exclude", self.exclude), ("overrides", list(self.overrides))):
+            for pattern in patterns:
+                if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in names):
+                    raise NMError(f"{kind} pattern {pattern!r} matches no linear layer; one is called {names[0]!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NMConfig:
+        """The inverse of `to_dict`; refuses another method, a newer format version and unknown fields."""
+        values = dict(values)
+        method = values.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise NMError(f"quant_method is {method!r}; this reader understands {QUANT_METHOD!r}.")
+        version = values.pop("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise NMError(
+                f"format_version is {version!r}; this optimum-nm reads up to {FORMAT_VERSION}, please upgrade it."
+            )
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise NMError(f"configuration has the unknown field {sorted(unknown)[0]!r}.")
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "nm_config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> NMConfig:
+        """Read `nm_config.json`, or the `quantization_config` of a checkpoint's `config.json`, from a folder."""
+        own, model = Path(folder) / "nm_config.json", Path(folder) / "config.json"
+        path = own if own.exists() else model
+        if not path.exists():
+            raise NMError(f"{folder} holds neither nm_config.json nor config.json.")
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise NMError(f"{path} is not valid JSON ({error}).") from None
+        if path is model:
+            values = values.get("quantization_config")
+        if not isinstance(values, dict):
+            raise NMError(f"{path} has no quantization_config; it is not a packed checkpoint.")
+        return cls.from_dict(values)
+
+
+def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise NMError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
+
+
+def check_group_size(group_size: int | str, pattern: NMPattern) -> int:
+    """Normalise a group size to a positive multiple of M, or -1 for the whole row."""
+    if group_size in (-1, "row"):
+        return -1
+    if not isinstance(group_size, int) or group_size < 1 or group_size % pattern.m:
+        raise NMError(f"group_size is {group_size!r}; it must be a multiple of {pattern.m} (pattern {pattern}), or 'row'.")
+    return group_size
