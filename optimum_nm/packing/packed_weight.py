@@ -1,0 +1,249 @@
+"""PackedWeight: one N:M sparse weight in the packed format of docs/format.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import INTEGER_DTYPES, LayerConfig, NMConfig
+from ..errors import NMError
+from ..patterns import NMPattern, OutlierPattern
+from .codes import decode_positions, encode_positions
+from .selection import select_kept, select_outliers
+from .values import (
+    BIT_VIEWS,
+    FLOAT_DTYPES,
+    expand_scales,
+    pack_integers,
+    quantize,
+    scale_count,
+    to_float_bits,
+    unpack_integers,
+)
+
+TENSOR_NAMES = ("values", "positions", "scales", "outlier_values", "outlier_positions")
+
+
+def packed_shapes(
+    in_features: int, out_features: int, config: LayerConfig
+) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    """Shape and dtype of each tensor that a packed `[out_features, in_features]` weight has, in TENSOR_NAMES order."""
+    pattern, outliers = config.pattern, config.outliers
+    count = pattern.stored_values(in_features)
+    if config.weight_dtype in INTEGER_DTYPES:
+        values = ((count + 1) // 2 if config.weight_dtype == "int4" else count, torch.uint8)
+    else:
+        values = (count, BIT_VIEWS[FLOAT_DTYPES[config.weight_dtype]])
+    columns = {"values": values}
+    if not pattern.is_dense:
+        bits = pattern.m if config.positions == "bitmap" else pattern.code_bits
+        columns["positions"] = ((pattern.groups(in_features) * bits + 7) // 8, torch.uint8)
+    if config.weight_dtype in INTEGER_DTYPES:
+        columns["scales"] = (scale_count(in_features, config.group_size), torch.int16)
+    if outliers is not None:
+        count = outliers.per_row(in_features)
+        columns["outlier_values"] = (count, BIT_VIEWS[FLOAT_DTYPES[config.outlier_dtype]])
+        columns["outlier_positions"] = (count, torch.uint8)
+    return {name: ((out_features, width), dtype) for name, (width, dtype) in columns.items()}
+
+
+@dataclass
+class PackedWeight:
+    """A weight `[out_features, in_features]` as the tensors of docs/format.md, keyed by TENSOR_NAMES, on the CPU."""
+
+    in_features: int
+    out_features: int
+    config: LayerConfig
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    @classmethod
+    def pack(
+        cls,
+        weight: Tensor,
+        pattern: str | NMPattern = "8:16",
+        outliers: str | OutlierPattern | None = None,
+        dtype: str = "float16",
+        group_size: int | str = 128,
+        positions: str = "codes",
+        outlier_dtype: str = "float16",
+        *,
+        mask: Tensor | None = None,
+        outlier_mask: Tensor | None = None,
+        importance: Tensor | None = None,
+        column_weight: Tensor | None = None,
+    ) -> PackedWeight:
+        """Pack `weight`, keeping what is already N:M sparse exactly and otherwise the most important elements.
+
+        Args:
+            weight: `[out_features, in_features]`, any floating dtype.
+            pattern, outliers, group_size, positions, outlier_dtype: as in NMConfig.
+            dtype: of the stored values, NMConfig's `weight_dtype`.
+            mask: bool `[out_features, in_features]`, the elements of the base; at most N in a group.
+            outlier_mask: bool, the elements kept as outliers; at most k in a block.
+            importance: `[out_features, in_features]`, decides where no mask is given; |weight| by default.
+            column_weight: `[in_features]`, weights of the squared error in the int4 scale search (the Gram diagonal).
+
+        Raises:
+            NMError: an option is out of range, the weight is not a finite matrix, a mask does not fit the pattern, or
+                a value does not fit the dtype.
+        """
+        config = NMConfig(
+            pattern=str(pattern),
+            outliers=None if outliers is None else str(outliers),
+            weight_dtype=dtype,
+            group_size=group_size,
+            positions=positions,
+            outlier_dtype=outlier_dtype,
+            exclude=[],
+        ).layer("")
+        assert config is not None
+        return cls.from_config(
+            weight,
+            config,
+            mask=mask,
+            outlier_mask=outlier_mask,
+            importance=importance,
+            column_weight=column_weight,
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        weight: Tensor,
+        config: LayerConfig,
+        *,
+        mask: Tensor | None = None,
+        outlier_mask: Tensor | None = None,
+        importance: Tensor | None = None,
+        column_weight: Tensor | None = None,
+    ) -> PackedWeight:
+        """As `pack`, with the options of a LayerConfig."""
+        if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
+            raise NMError(f"weight is a {weight.dtype} of shape {tuple(weight.shape)}; a non-empty float matrix is needed.")
+        weight = weight.detach().to("cpu", torch.float32)
+        if not torch.isfinite(weight).all():
+            raise NMError("weight has elements that are not finite; every element must be a finite number.")
+        importance = weight.abs() if importance is None else importance.detach().to("cpu", torch.float32)
+        out_features, in_features = weight.shape
+        tensors: dict[str, Tensor] = {}
+
+        base = weight
+        if config.outliers is not None:
+            columns, used = select_outliers(importance, config.outliers, outlier_mask)
+            values = torch.where(used, weight.gather(1, columns), 0.0)
+            tensors["outlier_values"] = to_float_bits(values, FLOAT_DTYPES[config.outlier_dtype], "outlier")
+            tensors["outlier_positions"] = (columns % config.outliers.block).to(torch.uint8)
+            base = weight.scatter(1, columns, 0.0) if outlier_mask is None else weight.masked_fill(outlier_mask, 0.0)
+            taken = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, columns, used)
+            importance = importance.masked_fill(taken, -1.0)
+        if config.pattern.is_dense:
+            kept = None
+        else:
+            kept, columns = select_kept(importance, config.pattern, mask)
+            inside = torch.nn.functional.pad(base if mask is None else base * mask, (0, config.pattern.m))
+            base = torch.where(kept.view(out_features, -1)[:, :in_features], inside[:, :in_features], 0.0)
+            tensors["positions"] = torch.from_numpy(
+                encode_positions(kept.numpy(), config.pattern, config.positions)
+            )
+
+        def stored(dense: Tensor) -> Tensor:
+            padded = torch.nn.functional.pad(dense, (0, config.pattern.m))
+            return dense if kept is None else padded.gather(1, columns)
+
+        if config.weight_dtype in INTEGER_DTYPES:
+            q, scales = quantize(base, config.weight_dtype, config.group_size, column_weight)
+            tensors["values"] = pack_integers(stored(q), config.weight_dtype)
+            tensors["scales"] = scales.view(torch.int16)
+        else:
+            tensors["values"] = to_float_bits(stored(base), FLOAT_DTYPES[config.weight_dtype])
+        ordered = {name: tensors[name].contiguous() for name in TENSOR_NAMES if name in tensors}
+        return cls(in_features, out_features, config, ordered)
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense `[out_features, in_features]` weight, exactly the values the kernel multiplies by."""
+        weight = self._expand(self._base_values())
+        if self.config.weight_dtype in INTEGER_DTYPES:
+            scales = self.tensors["scales"].view(torch.float16).float()
+            weight *= expand_scales(scales, self.in_features, self.config.group_size)
+        if self.config.outliers is not None:
+            bits = self.tensors["outlier_values"].view(FLOAT_DTYPES[self.config.outlier_dtype])
+            weight.scatter_add_(1, self._outlier_columns(), bits.float())
+        return weight.to(dtype)
+
+    def mask(self) -> Tensor:
+        """Bool `[out_features, in_features]`: the columns marked in the base."""
+        if self.config.pattern.is_dense:
+            return torch.ones(self.out_features, self.in_features, dtype=torch.bool)
+        return self._group_masks().view(self.out_features, -1)[:, : self.in_features]
+
+    def outlier_mask(self) -> Tensor:
+        """Bool `[out_features, in_features]`: the columns of the outliers."""
+        mask = torch.zeros(self.out_features, self.in_features, dtype=torch.bool)
+        return mask if self.config.outliers is None else mask.scatter_(1, self._outlier_columns(), True)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / (self.in_features * self.out_features)
+
+    def validate(self, name: str = "weight") -> None:
+        """Raise NMError unless the tensors are exactly what docs/format.md asks for."""
+        expected = packed_shapes(self.in_features, self.out_features, self.config)
+        for missing in expected.keys() - self.tensors.keys():
+            raise NMError(f"{name}.{missing} is missing; a {self.config.pattern} weight stored as this one has it.")
+        for tensor_name, tensor in self.tensors.items():
+            shape, dtype = expected.get(tensor_name, (None, None))
+            if shape != tuple(tensor.shape) or dtype != tensor.dtype:
+                found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype} {shape}"
+                raise NMError(f"{name}.{tensor_name} is {found}; the configuration asks for {wanted}.")
+        if "positions" in self.tensors:
+            try:
+                self._group_masks()
+            except ValueError as error:
+                raise NMError(f"{name}.positions {error}.") from None
+        if "scales" in self.tensors and not self.tensors["scales"].view(torch.float16).isfinite().all():
+            raise NMError(f"{name}.scales has elements that are not finite; every scale must be a finite number.")
+        if self.config.outliers is not None:
+            self._validate_outliers(name, self.config.outliers)
+
+    def _validate_outliers(self, name: str, outliers: OutlierPattern) -> None:
+        positions = self.tensors["outlier_positions"].long()
+        block = torch.arange(positions.shape[1]) // outliers.k
+        ends = ((block + 1) * outliers.block).clamp(max=self.in_features)
+        columns = self._outlier_columns()
+        if (positions >= outliers.block).any() or (columns >= ends).any():
+            raise NMError(f"{name}.outlier_positions points past its block of {outliers.block} or the end of the row.")
+        if ((columns.diff(dim=1) <= 0) & (block.diff() == 0)).any():
+            raise NMError(f"{name}.outlier_positions does not ascend strictly within a block of {outliers.block}.")
+        base = self._expand(self._base_values())
+        if base.gather(1, columns).any():
+            raise NMError(f"{name}.values is not zero at the column of an outlier; it must be.")
+
+    def _base_values(self) -> Tensor:
+        """Stored values `[out_features, stored]` in float32, before scales."""
+        values = self.tensors["values"]
+        if self.config.weight_dtype in INTEGER_DTYPES:
+            count = self.config.pattern.stored_values(self.in_features)
+            return unpack_integers(values, self.config.weight_dtype, count).float()
+        return values.view(FLOAT_DTYPES[self.config.weight_dtype]).float()
+
+    def _expand(self, values: Tensor) -> Tensor:
+        if self.config.pattern.is_dense:
+            return values.clone()
+        masks = self._group_masks().view(self.out_features, -1)
+        return torch.zeros(masks.shape).masked_scatter_(masks, values)[:, : self.in_features].contiguous()
+
+    def _group_masks(self) -> Tensor:
+        groups = self.config.pattern.groups(self.in_features)
+        packed = self.tensors["positions"].numpy()
+        return torch.from_numpy(decode_positions(packed, self.config.pattern, self.config.positions, groups))
+
+    def _outlier_columns(self) -> Tensor:
+        assert self.config.outliers is not None
+        positions = self.tensors["outlier_positions"].long()
+        return positions + torch.arange(positions.shape[1]) // self.config.outliers.k * self.config.outliers.block

@@ -1,0 +1,108 @@
+"""Where each tensor of a safetensors folder lies, byte for byte, so that other formats can point at it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import NMError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """A tensor's bytes in a file: `nbytes` from `offset`, little-endian, row-major; `dtype` as safetensors names it."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(file: Path) -> dict[str, TensorLocation]:
+    """Locate every tensor of one safetensors file, each checked to lie inside it.
+
+    Raises:
+        NMError: the file is missing, truncated, or not a safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _LARGEST_HEADER + 1
+            if length > min(_LARGEST_HEADER, size - 8):
+                raise NMError(f"{file} is truncated or not a safetensors file: its header does not fit its {size} bytes.")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise NMError(f"{file} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        if isinstance(error, NMError):
+            raise
+        raise NMError(f"{file} has a header that is not valid JSON; it is not a safetensors file.") from None
+    if not isinstance(header, dict):
+        raise NMError(f"{file} has a header that is not a JSON object; it is not a safetensors file.")
+    header.pop("__metadata__", None)
+    return {name: _location(file, size, 8 + length, name, entry) for name, entry in header.items()}
+
+
+def _location(file: Path, size: int, data_start: int, name: str, entry: object) -> TensorLocation:
+    try:
+        assert isinstance(entry, dict)
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        assert all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
+        expected = torch.Size(shape).numel() * DTYPES[dtype].itemsize
+    except (AssertionError, KeyError, TypeError, ValueError, OverflowError, RuntimeError):
+        raise NMError(f"{file} describes tensor {name!r} in a way safetensors does not allow: {entry!r}.") from None
+    if end - begin != expected:
+        raise NMError(f"{file} gives tensor {name!r} {end - begin} bytes; {dtype} {shape} takes {expected}.")
+    if data_start + end > size:
+        raise NMError(f"{file} is truncated: tensor {name!r} ends at byte {data_start + end} of {size}.")
+    return TensorLocation(file, data_start + begin, end - begin, dtype, shape)
+
+
+def locate_tensors(folder: Path) -> dict[str, TensorLocation]:
+    """Locate every tensor of `model.safetensors`, or of the shards its index lists.
+
+    Raises:
+        NMError: there is neither, or a file is not what it should be.
+    """
+    index = folder / INDEX_FILE
+    if not index.exists():
+        if not (folder / SINGLE_FILE).exists():
+            raise NMError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
+        return read_header(folder / SINGLE_FILE)
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+        unsafe = [name for name in files if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise NMError(f"{index} has no readable weight_map.") from None
+    if unsafe:
+        raise NMError(f"{index} names {unsafe[0]!r}; a shard must lie in the same folder.")
+    tensors: dict[str, TensorLocation] = {}
+    for name in files:
+        tensors |= read_header(folder / name)
+    missing = weight_map.keys() - tensors.keys()
+    if missing:
+        raise NMError(f"{index} lists tensor {min(missing)!r}, which no shard holds.")
+    return tensors
