@@ -21,6 +21,10 @@ class PackedCheckpoint:
     Args:
         folder: holds config.json with a quantization_config and model.safetensors, sharded or not.
 
+    Attributes:
+        features: (in_features, out_features) of each linear layer, which the model's architecture tells, not the
+            format; `optimum_nm.nn.skeleton.open_checkpoint` fills it in.
+
     Raises:
         NMError: a file is missing, truncated or inconsistent, or the format version is newer than this reader.
     """
@@ -30,6 +34,7 @@ class PackedCheckpoint:
         self.model_config = self._read_model_config()
         self.config = NMConfig.from_pretrained(self.folder)
         self.locations: dict[str, TensorLocation] = locate_tensors(self.folder)
+        self.features: dict[str, tuple[int, int]] = {}
 
     def _read_model_config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
@@ -75,15 +80,12 @@ class PackedCheckpoint:
             data = bytearray(stream.read(location.nbytes))
         return torch.frombuffer(data, dtype=DTYPES[location.dtype]).view(location.shape)
 
-    def features(self, name: str) -> tuple[int, int]:
-        """(in_features, out_features) of layer `name`, from the model's skeleton on the meta device."""
-        if name not in self._linear_features:
-            raise NMError(f"{name}.values is in {self.folder}, but the model has no linear layer {name!r}.")
-        return self._linear_features[name]
-
     def packed(self, name: str) -> PackedWeight:
         """Read layer `name`, its shapes and dtypes checked; positions are checked by `PackedWeight.validate`."""
-        config, (in_features, out_features) = self.layer_config(name), self.features(name)
+        config = self.layer_config(name)
+        if name not in self.features:
+            raise NMError(f"{name}.values is in {self.folder}, but the model has no linear layer {name!r}.")
+        in_features, out_features = self.features[name]
         for tensor_name, (shape, dtype) in packed_shapes(in_features, out_features, config).items():
             location = self.locate(f"{name}.{tensor_name}")
             if (location.shape, DTYPES[location.dtype]) != (shape, dtype):

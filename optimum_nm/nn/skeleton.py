@@ -1,0 +1,40 @@
+"""A checkpoint's model without its weights, which is what tells a packed layer's width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import NMError
+from ..packing.checkpoint import PackedCheckpoint
+from .convert import dense_weight, linear_layers
+
+
+def model_skeleton(folder: str | Path) -> PreTrainedModel:
+    """The causal language model of a folder's config.json on the meta device: every shape, no memory.
+
+    Raises:
+        NMError: transformers does not know the model type, or it is not a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NMError(f"{folder}/config.json does not describe a causal language model: {reason}") from None
+
+
+def open_checkpoint(folder: str | Path) -> PackedCheckpoint:
+    """The packed checkpoint in `folder`, its layers' widths taken from the model's configuration.
+
+    Raises:
+        NMError: as PackedCheckpoint and `model_skeleton`.
+    """
+    checkpoint = PackedCheckpoint(folder)
+    for name, module in linear_layers(model_skeleton(folder)).items():
+        out_features, in_features = dense_weight(module).shape
+        checkpoint.features[name] = (in_features, out_features)
+    return checkpoint
