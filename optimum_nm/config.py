@@ -196,5 +196,7 @@ def check_group_size(group_size: int | str, pattern: NMPattern) -> int:
     if group_size in (-1, "row"):
         return -1
     if not isinstance(group_size, int) or group_size < 1 or group_size % pattern.m:
-        raise NMError(f"group_size is {group_size!r}; it must be a multiple of {pattern.m} (pattern {pattern}), or 'row'.")
+        raise NMError(
+            f"group_size is {group_size!r}; it must be a multiple of {pattern.m} (pattern {pattern}), or 'row'."
+        )
     return group_size

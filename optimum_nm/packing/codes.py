@@ -81,7 +81,9 @@ def decode_positions(packed: _UINT8, pattern: NMPattern, positions: str, groups:
         wrong = np.argwhere(mask.sum(axis=-1) != pattern.n)
         if len(wrong):
             row, group = wrong[0]
-            raise ValueError(f"marks {mask[row, group].sum()} columns in row {row}, group {group}; {pattern} marks {pattern.n}")
+            raise ValueError(
+                f"marks {mask[row, group].sum()} columns in row {row}, group {group}; {pattern} marks {pattern.n}"
+            )
         return mask
     ranks = unpack_fields(packed, pattern.code_bits, groups)
     count = comb(pattern.m, pattern.n)

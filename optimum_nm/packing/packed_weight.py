@@ -121,7 +121,9 @@ class PackedWeight:
     ) -> PackedWeight:
         """As `pack`, with the options of a LayerConfig."""
         if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
-            raise NMError(f"weight is a {weight.dtype} of shape {tuple(weight.shape)}; a non-empty float matrix is needed.")
+            raise NMError(
+                f"weight is a {weight.dtype} of shape {tuple(weight.shape)}; a non-empty float matrix is needed."
+            )
         weight = weight.detach().to("cpu", torch.float32)
         if not torch.isfinite(weight).all():
             raise NMError("weight has elements that are not finite; every element must be a finite number.")
@@ -144,9 +146,7 @@ class PackedWeight:
             kept, columns = select_kept(importance, config.pattern, mask)
             inside = torch.nn.functional.pad(base if mask is None else base * mask, (0, config.pattern.m))
             base = torch.where(kept.view(out_features, -1)[:, :in_features], inside[:, :in_features], 0.0)
-            tensors["positions"] = torch.from_numpy(
-                encode_positions(kept.numpy(), config.pattern, config.positions)
-            )
+            tensors["positions"] = torch.from_numpy(encode_positions(kept.numpy(), config.pattern, config.positions))
 
         def stored(dense: Tensor) -> Tensor:
             padded = torch.nn.functional.pad(dense, (0, config.pattern.m))

@@ -51,7 +51,9 @@ def read_header(file: Path) -> dict[str, TensorLocation]:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _LARGEST_HEADER + 1
             if length > min(_LARGEST_HEADER, size - 8):
-                raise NMError(f"{file} is truncated or not a safetensors file: its header does not fit its {size} bytes.")
+                raise NMError(
+                    f"{file} is truncated or not a safetensors file: its header does not fit its {size} bytes."
+                )
             header = json.loads(stream.read(length))
     except OSError as error:
         raise NMError(f"{file} cannot be read ({error.strerror}).") from None
