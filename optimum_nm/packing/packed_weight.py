@@ -220,8 +220,9 @@ class PackedWeight:
             raise NMError(f"{name}.outlier_positions points past its block of {outliers.block} or the end of the row.")
         if ((columns.diff(dim=1) <= 0) & (block.diff() == 0)).any():
             raise NMError(f"{name}.outlier_positions does not ascend strictly within a block of {outliers.block}.")
+        used = self.tensors["outlier_values"].view(FLOAT_DTYPES[self.config.outlier_dtype]) != 0
         base = self._expand(self._base_values())
-        if base.gather(1, columns).any():
+        if (used & (base.gather(1, columns) != 0)).any():
             raise NMError(f"{name}.values is not zero at the column of an outlier; it must be.")
 
     def _base_values(self) -> Tensor:

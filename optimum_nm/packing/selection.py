@@ -54,8 +54,8 @@ def select_outliers(
         outlier_mask: bool `[rows, in_features]`, what must be chosen; importance is then not used.
 
     Returns:
-        Columns `[rows, per_row]`, ascending, and bool `[rows, per_row]`: False for a slot that holds no outlier because the
-        mask marks fewer than k.
+        Columns `[rows, per_row]`, ascending, and bool `[rows, per_row]`: False for a slot that holds no outlier because
+        the mask marks fewer than k.
 
     Raises:
         NMError: `outlier_mask` marks more than fit in a block.

@@ -37,7 +37,7 @@ def expand_scales(scales: Tensor, in_features: int, group_size: int) -> Tensor:
 
 
 def quantize(weight: Tensor, dtype: str, group_size: int, column_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Symmetric integers `q` (int16 `[rows, in_features]`) and float16 scales `[rows, scale_count]` of a float32 weight.
+    """Integers `q` (int16 `[rows, in_features]`) and float16 scales `[rows, scale_count]` of a float32 weight.
 
     int8 scales are absmax/127. int4 scales minimise Σⱼ h_j (w_j − s·q_j)² over a clip of absmax to 0.7…1 times
     itself, mapped to 7, or of the largest element to −8 (then the scale takes that element's opposite sign, which uses
