@@ -28,10 +28,13 @@ def _binomials(m: int) -> _INT64:
 
 def rank_masks(mask: _BOOL, pattern: NMPattern) -> _INT64:
     """Ranks `[...]` of masks `[..., m]` that have exactly n bits set."""
-    columns = np.arange(pattern.m)
-    kept_before = np.cumsum(mask, axis=-1)  # at a kept column: i + 1
-    terms = _binomials(pattern.m)[columns, kept_before]
-    return np.where(mask, terms, 0).sum(axis=-1)
+    ranks = np.zeros(mask.shape[:-1], dtype=np.int64)
+    kept_up_to = np.zeros(mask.shape[:-1], dtype=np.uint8)
+    for column, binomials in enumerate(_binomials(pattern.m)[: pattern.m]):
+        kept = mask[..., column]
+        kept_up_to += kept
+        ranks += np.where(kept, binomials[kept_up_to], 0)
+    return ranks
 
 
 def unrank_masks(ranks: _INT64, pattern: NMPattern) -> _BOOL:
@@ -48,8 +51,10 @@ def unrank_masks(ranks: _INT64, pattern: NMPattern) -> _BOOL:
 
 def pack_fields(fields: _INT64, bits: int) -> _UINT8:
     """Concatenate `bits`-wide fields `[rows, count]`, lowest bit first, into bytes `[rows, ⌈count·bits/8⌉]`."""
-    as_bits = (fields[..., None] >> np.arange(bits)) & 1
-    return np.packbits(as_bits.astype(np.uint8).reshape(len(fields), -1), axis=-1, bitorder="little")
+    as_bits = np.empty((*fields.shape, bits), dtype=np.uint8)
+    for bit in range(bits):
+        as_bits[..., bit] = (fields >> bit) & 1
+    return np.packbits(as_bits.reshape(len(fields), -1), axis=-1, bitorder="little")
 
 
 def unpack_fields(packed: _UINT8, bits: int, count: int) -> _INT64:
