@@ -33,7 +33,7 @@ _HOME = {
     "session_options": "runtime.session",
     "library_path": "runtime.library",
 }
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
