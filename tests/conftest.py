@@ -7,7 +7,27 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the river of stone runs under a bright old city where people count birds and write letters to winter".split()
+WORDS = [
+    "the",
+    "river",
+    "of",
+    "stone",
+    "runs",
+    "under",
+    "a",
+    "bright",
+    "old",
+    "city",
+    "where",
+    "people",
+    "count",
+    "birds",
+    "and",
+    "write",
+    "letters",
+    "to",
+    "winter",
+]
 
 
 def prose(words: int, seed: int = 0) -> str:
