@@ -1,0 +1,91 @@
+// Which instruction set and which kernel.
+#include <stdlib.h>
+#include <string.h>
+
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace nm {
+namespace {
+
+constexpr size_t kMostKernels = 64;
+
+struct Registry {
+  Kernel kernels[kMostKernels];
+  size_t count = 0;
+  Registry() {
+#if defined(NM_HAVE_X86_KERNELS)
+    Append(Avx512Kernels());
+    Append(Avx2Kernels());
+#endif
+    Append(PortableKernels());
+  }
+  void Append(KernelList list) {
+    for (size_t i = 0; i < list.count && count < kMostKernels; ++i) kernels[count++] = list.kernels[i];
+  }
+};
+
+Isa ReadIsa() {
+  const char* name = getenv("OPTIMUM_NM_ISA");
+  const Isa best = BestIsa();
+  if (name == nullptr) return best;
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (strcmp(name, IsaName(isa)) == 0 && isa < best) return isa;
+  }
+  return best;
+}
+
+}  // namespace
+
+const char* IsaName(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+Isa BestIsa() {
+#if defined(NM_HAVE_X86_KERNELS)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                      __builtin_cpu_supports("avx512vnni");
+  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
+#else
+  return Isa::kPortable;
+#endif
+}
+
+Isa ActiveIsa() {
+  static const Isa isa = ReadIsa();
+  return isa;
+}
+
+KernelList AllKernels() {
+  static const Registry registry;
+  return {registry.kernels, registry.count};
+}
+
+const Kernel& ChooseKernel(const Layout& layout, int64_t rows, int accuracy_level, Isa isa) {
+  const KernelList all = AllKernels();
+  for (size_t i = 0; i < all.count; ++i) {
+    const Kernel& kernel = all.kernels[i];
+    if (kernel.isa <= isa && rows <= kernel.most_rows && (accuracy_level == 4 || !kernel.int8_activations) &&
+        kernel.supports(layout)) {
+      return kernel;
+    }
+  }
+  return all.kernels[all.count - 1];  // the portable one takes everything
+}
+
+}  // namespace nm
+
+extern "C" const char* nm_isa(void) { return nm::IsaName(nm::ActiveIsa()); }
