@@ -1,0 +1,50 @@
+"""Windows of tokens to calibrate on."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import NMError
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = 4  # windows are chosen among up to this many times as many
+
+
+def calibration_windows(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int
+) -> Tensor:
+    """Cut text into windows of equal length and choose some at random.
+
+    Documents are taken in random order, tokenized with the tokenizer's special tokens, and joined until there is text
+    for `CANDIDATES · samples` windows; of the windows, `samples` are chosen. With less text than `samples` need, all are
+    taken, with a warning.
+
+    Returns:
+        Token ids, int64 `[samples or fewer, length]`.
+
+    Raises:
+        NMError: there is not enough text for one window.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens: list[int] = []
+    for index in torch.randperm(len(documents), generator=generator).tolist():
+        tokens += tokenizer(documents[index], verbose=False)["input_ids"]
+        if len(tokens) >= CANDIDATES * samples * length:
+            break
+    available = len(tokens) // length
+    if not available:
+        raise NMError(
+            f"calibration text has {len(tokens)} tokens; one window (calibration_length) needs {length}, "
+            f"and calibration_samples={samples} of them are better."
+        )
+    if available < samples:
+        logger.warning(
+            "The calibration text makes %d windows of %d tokens, not the %d asked for.", available, length, samples
+        )
+    windows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
+    return windows[torch.randperm(available, generator=generator)[:samples]]

@@ -1,0 +1,60 @@
+"""The linear layers of a model: finding them, reading their weight, putting others in their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import NMError
+
+DENSE_LINEARS = (nn.Linear, Conv1D)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every dense linear layer by its full dotted name, in module order, inside decoder blocks or not.
+
+    These are the names that `exclude` and `overrides` of NMConfig are matched against. Embeddings and packed layers are
+    not among them.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, DENSE_LINEARS)}
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as `[out_features, in_features]`: a view of the parameter, which GPT-2's Conv1D holds transposed."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+@torch.no_grad()
+def set_dense_weight(module: nn.Module, weight: Tensor) -> None:
+    """Copy a `[out_features, in_features]` weight into the module, cast to the dtype it has."""
+    dense_weight(module).copy_(weight)
+
+
+def replace_linear(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the submodule called `name` is.
+
+    Raises:
+        NMError: the model has no such submodule.
+    """
+    parent_name, _, child = name.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_name)
+        parent.get_submodule(child)
+    except AttributeError:
+        raise NMError(f"{type(model).__name__} has no submodule {name!r} to replace.") from None
+    setattr(parent, child, new)
+
+
+def untie_output(model: nn.Module, name: str) -> None:
+    """Give the output layer `name` a weight of its own when it shares the input embedding's, and say so in the config.
+
+    A user who asks for a packed output layer wants just that layer packed; the embedding, whose rows are looked up and
+    not multiplied, stays as it is.
+    """
+    embedding, module = model.get_input_embeddings(), model.get_submodule(name)  # type: ignore[operator]
+    if module.weight is embedding.weight:
+        module.weight = nn.Parameter(embedding.weight.detach().clone())
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False

@@ -1,0 +1,118 @@
+"""NMOptimizer: from a Hugging Face model to a packed checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .calibration.sources import CalibrationSource, read_documents
+from .calibration.windows import calibration_windows
+from .config import NMConfig
+from .errors import NMError
+from .sparsify.architectures import decoder_blocks
+from .sparsify.checkpoint import output_folder, write_checkpoint
+from .sparsify.pipeline import resolve_names, sparsify_model
+from .sparsify.summary import SparsificationSummary
+
+# Arguments of from_pretrained that say where the files are; the tokenizer is looked for in the same place.
+_LOCATION_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
+
+
+class NMOptimizer:
+    """Sparsifies and packs a causal language model.
+
+    Args:
+        model: dense, of any architecture with decoder blocks. `optimize` turns it into the packed model.
+        tokenizer: of the same model.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str | Path, *, dtype: str | torch.dtype | None = None, **kwargs: Any
+    ) -> NMOptimizer:
+        """Load a model and its tokenizer from a folder or the Hugging Face Hub.
+
+        Args:
+            dtype: to load and run the model in, "float32", "bfloat16", …; None for the checkpoint's own. Weights are
+                sparsified in float32 in any case; what is not packed (embeddings, norms) is saved in this type.
+            kwargs: passed to `AutoModelForCausalLM.from_pretrained`; those that say where the files are also to the
+                tokenizer.
+
+        Raises:
+            NMError: there is no such model, or it is not a causal language model.
+        """
+        shared = {name: kwargs[name] for name in (*_LOCATION_ARGUMENTS, "trust_remote_code") if name in kwargs}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_name_or_path, dtype="auto" if dtype is None else dtype, **kwargs
+            )
+            tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **shared)
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise NMError(f"{model_name_or_path} cannot be loaded as a causal language model: {reason}") from None
+        return cls(model, tokenizer)
+
+    def optimize(
+        self,
+        save_dir: str | Path,
+        config: NMConfig | None = None,
+        calibration: CalibrationSource = "wikitext2",
+        *,
+        overwrite: bool = False,
+        progress: bool = True,
+        device: str | torch.device | None = None,
+    ) -> SparsificationSummary:
+        """Sparsify and pack the model, and write the checkpoint folder.
+
+        The model is changed in place: afterwards `self.model` is the packed model, and a second call needs a dense
+        model again. An output layer that shares the embedding's weight gets its own copy if `config` packs it.
+
+        Args:
+            save_dir: the folder to create.
+            config: NMConfig() by default.
+            calibration: text file, .jsonl file, "wikitext2", "c4", list of strings, or `datasets` object.
+            overwrite: replace `save_dir` if it is a model folder.
+            progress: show a progress bar over the decoder blocks.
+            device: to compute on; where the model is by default.
+
+        Raises:
+            NMError: an input is not usable; nothing is left at `save_dir`.
+        """
+        config = NMConfig() if config is None else config
+        self._check_model(config)
+        config = resolve_names(config, self.model)
+        with output_folder(save_dir, overwrite) as folder:
+            windows = calibration_windows(
+                read_documents(calibration),
+                self.tokenizer,
+                config.calibration_samples,
+                config.calibration_length,
+                config.seed,
+            )
+            self._check_tokens(windows)
+            if device is not None:
+                self.model.to(device)
+            summary = sparsify_model(self.model.eval(), windows, config, progress)
+            write_checkpoint(folder, self.model, self.tokenizer, config, summary)
+        return summary
+
+    def _check_model(self, config: NMConfig) -> None:
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            raise NMError(f"{type(self.model).__name__} is already quantized; a dense model is needed.")
+        decoder_blocks(self.model)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and config.calibration_length > longest:
+            asked = config.calibration_length
+            raise NMError(f"calibration_length is {asked}; the model reads at most {longest} tokens.")
+
+    def _check_tokens(self, windows: torch.Tensor) -> None:
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if windows.max() >= rows:
+            raise NMError(f"the tokenizer gives token {windows.max()}, but the model's embedding has {rows} rows.")

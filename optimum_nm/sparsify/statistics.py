@@ -1,0 +1,126 @@
+"""What calibration keeps of each linear layer's inputs, accumulated while a block runs."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NMError
+from ..nn.convert import dense_weight
+
+SAMPLED_TOKENS = 2048  # inputs kept as they are, on which the output error is measured when there is no Gram matrix
+
+
+@dataclass
+class InputStatistics:
+    """Of the inputs `X [tokens, in_features]` of one linear layer, in float32; layers fed by one tensor share them."""
+
+    tokens: int
+    square_sum: Tensor
+    absolute_max: Tensor
+    gram: Tensor | None
+    samples: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, module: nn.Module, with_gram: bool) -> InputStatistics:
+        weight = dense_weight(module)
+        zeros = torch.zeros(weight.shape[1], device=weight.device)
+        gram = torch.zeros(len(zeros), len(zeros), device=weight.device) if with_gram else None
+        return cls(0, zeros, zeros.clone(), gram)
+
+    def add(self, inputs: Tensor, sampled: int, generator: torch.Generator) -> None:
+        """Add `[..., in_features]`, of which `sampled` randomly chosen rows are kept."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if not len(rows):
+            return
+        self.tokens += len(rows)
+        self.square_sum += rows.square().sum(dim=0)
+        self.absolute_max = torch.maximum(self.absolute_max, rows.abs().amax(dim=0))
+        if self.gram is not None:
+            self.gram.addmm_(rows.t(), rows)
+        chosen = torch.randint(len(rows), (min(sampled, len(rows)),), generator=generator)
+        self.samples.append(rows[chosen.to(rows.device)])
+
+    @property
+    def norm(self) -> Tensor:
+        """‖X_j‖₂, `[in_features]`; ones for a layer that no calibration token has reached."""
+        return self.square_sum.sqrt() if self.tokens else torch.ones_like(self.square_sum)
+
+    def rescale(self, scale: Tensor) -> None:
+        """The statistics of X / scale."""
+        self.square_sum /= scale.square()
+        self.absolute_max /= scale
+        self.samples = [rows / scale for rows in self.samples]
+        if self.gram is not None:
+            self.gram /= scale.outer(scale)
+
+    def energy(self, weight: Tensor) -> float:
+        """tr[W G Wᵀ], from the Gram matrix if there is one, else up to a constant from the sampled rows."""
+        if self.gram is not None:
+            return ((weight @ self.gram) * weight).sum().item()
+        if not self.samples:
+            return weight.square().sum().item()
+        return (torch.cat(self.samples) @ weight.t()).square().sum().item()
+
+
+class StatisticsCollector:
+    """Accumulates InputStatistics of linear layers through forward pre-hooks, inside a `with` statement.
+
+    Args:
+        linears: {full name: module}.
+        with_gram: accumulate Gram matrices, `in_features²` floats each.
+        batches: how many batches will follow, which share SAMPLED_TOKENS.
+        seed: of the choice of sampled tokens.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], with_gram: bool, batches: int, seed: int) -> None:
+        self._linears = linears
+        self._with_gram = with_gram
+        self._sampled = -(-SAMPLED_TOKENS // batches)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._collected: dict[str, InputStatistics] = {}
+        self._leaders: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> StatisticsCollector:
+        for name, module in self._linears.items():
+            self._hooks.enter_context(module.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+        self._last = None
+
+    def _hook(self, name: str) -> Any:
+        def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0]
+            leader = self._last[0] if self._last is not None and self._last[1] is inputs else name
+            if self._leaders.setdefault(name, leader) != name:
+                return
+            if name not in self._collected:
+                self._collected[name] = InputStatistics.empty(module, self._with_gram)
+            self._collected[name].add(inputs, self._sampled, self._generator)
+            self._last = (name, inputs)
+
+        return collect
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Per layer name; the same object for layers that one tensor feeds.
+
+        Raises:
+            NMError: the inputs of a layer were not finite.
+        """
+        result = {}
+        for name, module in self._linears.items():
+            leader = self._leaders.get(name, name)
+            if leader not in self._collected:
+                self._collected[leader] = InputStatistics.empty(module, False)
+            result[name] = self._collected[leader]
+            if not torch.isfinite(result[name].square_sum).all():
+                raise NMError(f"{name} receives activations that are not finite; they must be finite numbers.")
+        return result

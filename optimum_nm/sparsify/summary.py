@@ -1,0 +1,78 @@
+"""What sparsification did, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One packed layer.
+
+    Attributes:
+        shape: (out_features, in_features).
+        density: share of the weights that are kept, outliers included.
+        relative_error: tr[(W−Ŵ)G(W−Ŵ)ᵀ] / tr[WGWᵀ] on the calibration inputs, Ŵ being what is packed.
+        bits_per_weight: all packed tensors of the layer, without its bias.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    density: float
+    relative_error: float
+    bits_per_weight: float
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def type(self) -> str:
+        """The last two parts of the name: "self_attn.q_proj"."""
+        return ".".join(self.name.split(".")[-2:])
+
+
+@dataclass
+class SparsificationSummary:
+    """Every packed layer in the order of the model, and the seconds it took; `str()` is a table per layer type."""
+
+    layers: list[LayerSummary] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def by_type(self) -> dict[str, dict[str, float]]:
+        """Per layer type, and under "all": layers, weights, and the averages of the figures of LayerSummary.
+
+        Density and bits are averages over weights, the relative error over layers.
+        """
+        groups: dict[str, list[LayerSummary]] = {}
+        for layer in self.layers:
+            groups.setdefault(layer.type, []).append(layer)
+        return {kind: _average(layers) for kind, layers in groups.items()} | {"all": _average(self.layers)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON. Holds no times: the same input gives the same dictionary."""
+        return {"layers": [asdict(layer) for layer in self.layers], "types": self.by_type()}
+
+    def __str__(self) -> str:
+        header = f"{'layer type':<32}{'layers':>7}{'weights':>13}{'density':>9}{'error':>9}{'bits/weight':>13}"
+        lines = [header, "-" * len(header)]
+        for kind, row in self.by_type().items():
+            lines.append(
+                f"{kind:<32}{row['layers']:>7}{row['weights']:>13}{row['density']:>9.4f}"
+                f"{row['relative_error']:>9.4f}{row['bits_per_weight']:>13.3f}"
+            )
+        return "\n".join(lines)
+
+
+def _average(layers: Iterable[LayerSummary]) -> dict[str, float]:
+    layers = list(layers)
+    weights = sum(layer.weights for layer in layers)
+    return {
+        "layers": len(layers),
+        "weights": weights,
+        "density": sum(layer.density * layer.weights for layer in layers) / weights,
+        "relative_error": sum(layer.relative_error for layer in layers) / len(layers),
+        "bits_per_weight": sum(layer.bits_per_weight * layer.weights for layer in layers) / weights,
+    }
