@@ -21,8 +21,8 @@ def calibration_windows(
     """Cut text into windows of equal length and choose some at random.
 
     Documents are taken in random order, tokenized with the tokenizer's special tokens, and joined until there is text
-    for `CANDIDATES · samples` windows; of the windows, `samples` are chosen. With less text than `samples` need, all are
-    taken, with a warning.
+    for `CANDIDATES · samples` windows; of the windows, `samples` are chosen. If `samples` need more text than that, all
+    are taken, with a warning.
 
     Returns:
         Token ids, int64 `[samples or fewer, length]`.
