@@ -98,7 +98,7 @@ class NMOptimizer:
             )
             self._check_tokens(windows)
             if device is not None:
-                self.model.to(device)
+                self.model.to(device)  # type: ignore[arg-type]
             summary = sparsify_model(self.model.eval(), windows, config, progress)
             write_checkpoint(folder, self.model, self.tokenizer, config, summary)
         return summary
@@ -113,6 +113,9 @@ class NMOptimizer:
             raise NMError(f"calibration_length is {asked}; the model reads at most {longest} tokens.")
 
     def _check_tokens(self, windows: torch.Tensor) -> None:
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        if windows.max() >= rows:
-            raise NMError(f"the tokenizer gives token {windows.max()}, but the model's embedding has {rows} rows.")
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        if windows.max() >= len(weight):
+            raise NMError(
+                f"the tokenizer gives token {windows.max()}, but the model's embedding has {len(weight)} rows."
+            )

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
 from ..errors import NMError
 
-CalibrationSource = str | os.PathLike | Iterable[str] | datasets.Dataset | datasets.IterableDataset
+CalibrationSource: TypeAlias = str | os.PathLike | Iterable[str] | datasets.Dataset | datasets.IterableDataset
 STREAM_LIMIT = 8192  # documents taken from a dataset too large to read whole
 
 # Arguments of datasets.load_dataset. Public training splits; c4 is read as a stream of its first shard.

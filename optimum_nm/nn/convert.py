@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import NMError
@@ -47,14 +50,15 @@ def replace_linear(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(parent, child, new)
 
 
-def untie_output(model: nn.Module, name: str) -> None:
+def untie_output(model: PreTrainedModel, name: str) -> None:
     """Give the output layer `name` a weight of its own when it shares the input embedding's, and say so in the config.
 
     A user who asks for a packed output layer wants just that layer packed; the embedding, whose rows are looked up and
     not multiplied, stays as it is.
     """
-    embedding, module = model.get_input_embeddings(), model.get_submodule(name)  # type: ignore[operator]
+    embedding, module = model.get_input_embeddings(), model.get_submodule(name)
     if module.weight is embedding.weight:
         module.weight = nn.Parameter(embedding.weight.detach().clone())
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        model_config: Any = model.config
+        for config in (model_config, model_config.get_text_config()):
             config.tie_word_embeddings = False

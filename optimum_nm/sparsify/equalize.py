@@ -166,8 +166,9 @@ def _shared_scale(
     if inputs == outputs:
         scale = equalization_scale(input_max, weight_max, alpha)
         return scale, scale
-    head_dim = next((m.head_dim for m in block.modules() if isinstance(getattr(m, "head_dim", None), int)), 0)
-    if not head_dim or inputs % outputs or outputs % head_dim:
+    head_dims = [getattr(module, "head_dim", None) for module in block.modules()]
+    head_dim = next((width for width in head_dims if isinstance(width, int)), None)
+    if head_dim is None or inputs % outputs or outputs % head_dim:
         return None
     heads = outputs // head_dim
     grouped_max = input_max.view(heads, -1, head_dim).amax(dim=1)
