@@ -21,6 +21,7 @@ POSITION_FORMATS = ("codes", "bitmap")
 SCORES = ("magnitude", "wanda", "ria")
 SOLVERS = ("mask",)
 EQUALIZATION_MODES = ("score", "fold")
+OUTPUT_LAYERS = ("lm_head", "embed_out")  # one layer: GPT-NeoX calls it the second in transformers 4, and in files
 VARIANCE_CORRECTIONS = ("row", "tensor", "output", "least-squares")
 
 
@@ -125,6 +126,8 @@ class NMConfig:
         return LayerConfig(**values)
 
     def is_excluded(self, name: str) -> bool:
+        if name in OUTPUT_LAYERS and OUTPUT_LAYERS[0] in self.exclude:
+            return True
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def layer(self, name: str) -> LayerConfig | None:

@@ -7,6 +7,7 @@ from test_sparsify import OPTIONS, tiny_model
 
 from optimum_nm.config import NMConfig
 from optimum_nm.errors import NMError
+from optimum_nm.nn.skeleton import open_checkpoint
 from optimum_nm.optimizer import NMOptimizer
 
 
@@ -147,3 +148,14 @@ def test_from_pretrained_refuses_an_encoder_decoder(tmp_path):
     transformers.T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path)
     with pytest.raises(NMError, match="cannot be loaded as a causal language model"):
         NMOptimizer.from_pretrained(tmp_path)
+
+
+def test_output_layer_that_transformers_stores_under_another_name(tokenizer, text, tmp_path):
+    """transformers 5 calls GPT-NeoX's output layer lm_head in the model and embed_out in the file."""
+    model = tiny_model("GPTNeoX", len(tokenizer))
+    optimizer, config = NMOptimizer(model, tokenizer), NMConfig(exclude=[], **OPTIONS)
+    if hasattr(model, "embed_out"):
+        optimizer.optimize(tmp_path / "out", config, [text], progress=False)
+        assert "embed_out" in open_checkpoint(tmp_path / "out").layer_names()
+    else:
+        refused(optimizer, tmp_path / "out", "lm_head is stored under another name", config, [text])

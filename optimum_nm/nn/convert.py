@@ -56,9 +56,9 @@ def untie_output(model: PreTrainedModel, name: str) -> None:
     A user who asks for a packed output layer wants just that layer packed; the embedding, whose rows are looked up and
     not multiplied, stays as it is.
     """
-    embedding, module = model.get_input_embeddings(), model.get_submodule(name)
-    if module.weight is embedding.weight:
-        module.weight = nn.Parameter(embedding.weight.detach().clone())
+    weight, module = model.get_input_embeddings().weight, model.get_submodule(name)
+    if module.weight is weight and isinstance(weight, Tensor):
+        module.weight = nn.Parameter(weight.detach().clone())
         model_config: Any = model.config
         for config in (model_config, model_config.get_text_config()):
             config.tie_word_embeddings = False

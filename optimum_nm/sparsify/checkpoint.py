@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, __version__
 
 from ..config import NMConfig
 from ..errors import NMError
@@ -78,6 +78,10 @@ def write_checkpoint(
     model.config.quantization_config = config.to_dict()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    stored = locate_tensors(folder)
+    for layer in summary.layers:
+        if f"{layer.name}.values" not in stored:
+            raise NMError(f"{layer.name} is stored under another name by transformers {__version__}; exclude it.")
     _write_json(folder / CHECKSUMS_FILE, tensor_checksums(folder))
     _write_json(folder / SUMMARY_FILE, summary.to_dict())
 
