@@ -131,5 +131,5 @@ def test_dataset_without_a_text_column_is_refused():
 
 
 def test_item_that_is_no_string_is_refused():
-    with pytest.raises(NMError, match="calibration item 1 is of type int"):
+    with pytest.raises(NMError, match="item 1 is of type int"):
         read_documents(["text", 3])
