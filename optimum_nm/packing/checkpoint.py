@@ -80,19 +80,23 @@ class PackedCheckpoint:
             data = bytearray(stream.read(location.nbytes))
         return torch.frombuffer(data, dtype=DTYPES[location.dtype]).view(location.shape)
 
-    def packed(self, name: str) -> PackedWeight:
-        """Read layer `name`, its shapes and dtypes checked; positions are checked by `PackedWeight.validate`."""
+    def check_layer(self, name: str) -> LayerConfig:
+        """How layer `name` is stored, after a check that the headers give its tensors the shapes and dtypes for it."""
         config = self.layer_config(name)
         if name not in self.features:
             raise NMError(f"{name}.values is in {self.folder}, but the model has no linear layer {name!r}.")
-        in_features, out_features = self.features[name]
-        for tensor_name, (shape, dtype) in packed_shapes(in_features, out_features, config).items():
+        for tensor_name, (shape, dtype) in packed_shapes(*self.features[name], config).items():
             location = self.locate(f"{name}.{tensor_name}")
             if (location.shape, DTYPES[location.dtype]) != (shape, dtype):
                 raise NMError(
                     f"{name}.{tensor_name} in {location.file} is {location.dtype} {list(location.shape)}; "
                     f"the configuration asks for {str(dtype).removeprefix('torch.')} {list(shape)}."
                 )
+        return config
+
+    def packed(self, name: str) -> PackedWeight:
+        """Read layer `name`, its shapes and dtypes checked; positions are checked by `PackedWeight.validate`."""
+        config = self.check_layer(name)
         present = [tensor for tensor in TENSOR_NAMES if f"{name}.{tensor}" in self.locations]
         tensors = {tensor: self.tensor(f"{name}.{tensor}") for tensor in present}
-        return PackedWeight(in_features, out_features, config, tensors)
+        return PackedWeight(*self.features[name], config, tensors)

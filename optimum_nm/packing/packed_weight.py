@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -193,37 +194,52 @@ class PackedWeight:
 
     def validate(self, name: str = "weight") -> None:
         """Raise NMError unless the tensors are exactly what docs/format.md asks for."""
-        expected = packed_shapes(self.in_features, self.out_features, self.config)
-        for missing in expected.keys() - self.tensors.keys():
-            raise NMError(f"{name}.{missing} is missing; a {self.config.pattern} weight stored as this one has it.")
-        for tensor_name, tensor in self.tensors.items():
-            shape, dtype = expected.get(tensor_name, (None, None))
-            if shape != tuple(tensor.shape) or dtype != tensor.dtype:
-                found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype} {shape}"
-                raise NMError(f"{name}.{tensor_name} is {found}; the configuration asks for {wanted}.")
+        for problem in self.problems(name):
+            raise NMError(problem)
+
+    def problems(self, name: str = "weight") -> Iterator[str]:
+        """One sentence for each thing in which the tensors, called `name`.…, are not what docs/format.md asks for."""
+        misfits = list(self._misfits(name))
+        yield from misfits
+        if misfits:
+            return
+        if "scales" in self.tensors and not self.tensors["scales"].view(torch.float16).isfinite().all():
+            yield f"{name}.scales has elements that are not finite; every scale must be a finite number."
         if "positions" in self.tensors:
             try:
                 self._group_masks()
             except ValueError as error:
-                raise NMError(f"{name}.positions {error}.") from None
-        if "scales" in self.tensors and not self.tensors["scales"].view(torch.float16).isfinite().all():
-            raise NMError(f"{name}.scales has elements that are not finite; every scale must be a finite number.")
+                yield f"{name}.positions {error}."
+                return
+        if not self.config.pattern.is_dense and self._padding_values().any():
+            yield f"{name}.values is not zero at a marked column past the {self.in_features} of a row; it must be."
         if self.config.outliers is not None:
-            self._validate_outliers(name, self.config.outliers)
+            yield from self._outlier_problems(name, self.config.outliers)
 
-    def _validate_outliers(self, name: str, outliers: OutlierPattern) -> None:
+    def _misfits(self, name: str) -> Iterator[str]:
+        expected = packed_shapes(self.in_features, self.out_features, self.config)
+        for missing in expected.keys() - self.tensors.keys():
+            yield f"{name}.{missing} is missing; a {self.config.pattern} weight stored as this one has it."
+        for tensor_name, tensor in self.tensors.items():
+            shape, dtype = expected.get(tensor_name, (None, None))
+            if shape != tuple(tensor.shape) or dtype != tensor.dtype:
+                found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype} {shape}"
+                yield f"{name}.{tensor_name} is {found}; the configuration asks for {wanted}."
+
+    def _outlier_problems(self, name: str, outliers: OutlierPattern) -> Iterator[str]:
         positions = self.tensors["outlier_positions"].long()
         block = torch.arange(positions.shape[1]) // outliers.k
         ends = ((block + 1) * outliers.block).clamp(max=self.in_features)
         columns = self._outlier_columns()
-        if (positions >= outliers.block).any() or (columns >= ends).any():
-            raise NMError(f"{name}.outlier_positions points past its block of {outliers.block} or the end of the row.")
         if ((columns.diff(dim=1) <= 0) & (block.diff() == 0)).any():
-            raise NMError(f"{name}.outlier_positions does not ascend strictly within a block of {outliers.block}.")
+            yield f"{name}.outlier_positions does not ascend strictly within a block of {outliers.block}."
+        if (positions >= outliers.block).any() or (columns >= ends).any():
+            yield f"{name}.outlier_positions points past its block of {outliers.block} or the end of the row."
+            return
         used = self.tensors["outlier_values"].view(FLOAT_DTYPES[self.config.outlier_dtype]) != 0
         base = self._expand(self._base_values())
         if (used & (base.gather(1, columns) != 0)).any():
-            raise NMError(f"{name}.values is not zero at the column of an outlier; it must be.")
+            yield f"{name}.values is not zero at the column of an outlier; it must be."
 
     def _base_values(self) -> Tensor:
         """Stored values `[out_features, stored]` in float32, before scales."""
@@ -236,8 +252,15 @@ class PackedWeight:
     def _expand(self, values: Tensor) -> Tensor:
         if self.config.pattern.is_dense:
             return values.clone()
+        return self._expand_groups(values)[:, : self.in_features].contiguous()
+
+    def _expand_groups(self, values: Tensor) -> Tensor:
+        """Values at their columns, the last group whole even if it reaches past the row."""
         masks = self._group_masks().view(self.out_features, -1)
-        return torch.zeros(masks.shape).masked_scatter_(masks, values)[:, : self.in_features].contiguous()
+        return torch.zeros(masks.shape).masked_scatter_(masks, values)
+
+    def _padding_values(self) -> Tensor:
+        return self._expand_groups(self._base_values())[:, self.in_features :]
 
     def _group_masks(self) -> Tensor:
         groups = self.config.pattern.groups(self.in_features)
