@@ -19,7 +19,7 @@ INTEGER_DTYPES = ("int8", "int4")
 OUTLIER_DTYPES = ("float16", "float32")
 POSITION_FORMATS = ("codes", "bitmap")
 SCORES = ("magnitude", "wanda", "ria")
-SOLVERS = ("mask",)
+SOLVERS = ("mask", "sparsegpt", "admm")
 EQUALIZATION_MODES = ("score", "fold")
 OUTPUT_LAYERS = ("lm_head", "embed_out")  # one layer: GPT-NeoX calls it the second in transformers 4, and in files
 VARIANCE_CORRECTIONS = ("row", "tensor", "output", "least-squares")
@@ -49,7 +49,9 @@ class NMConfig:
         outliers: `"k:block"`, weights kept in `outlier_dtype` outside the N:M budget (2507.03052 §3); None for none.
         score: importance of a weight: "magnitude", "wanda" (|w|·‖x‖₂) or "ria" (relative importance, 2402.18096).
         score_exponent: power of ‖x‖₂ in "ria".
-        solver: "mask" keeps the surviving weights as they are.
+        solver: "mask" chooses by score and keeps the surviving weights as they are; "sparsegpt" (2301.00774) and "admm"
+            (2401.02938, with a gradual mask) choose and update them by the inputs' Gram matrix, and use neither score,
+            equalization in mode "score", nor variance correction.
         equalization: SmoothQuant-like α in 0…1, or None for no equalization.
         equalization_mode: "score" rescales for statistics only; "fold" rescales the weights and folds the inverse into
             the preceding norm or linear, where the architecture allows.
@@ -165,7 +167,10 @@ class NMConfig:
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise NMError(f"configuration has the unknown field {sorted(unknown)[0]!r}.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, AttributeError) as error:
+            raise NMError(f"configuration has a field of the wrong type ({error}).") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, __version__
 
 from ..config import NMConfig
 from ..errors import NMError
-from ..packing.safetensors_files import locate_tensors
+from ..packing.safetensors_files import TensorLocation, locate_tensors
 from .summary import SparsificationSummary
 
 CHECKSUMS_FILE = "nm_checksums.json"
@@ -87,18 +87,20 @@ def write_checkpoint(
 
 
 def tensor_checksums(folder: Path) -> dict[str, str]:
-    """{tensor name: CRC-32 of its bytes in the folder's safetensors files, eight hexadecimal digits}."""
-    checksums = {}
-    for name, location in sorted(locate_tensors(folder).items()):
-        with location.file.open("rb") as stream:
-            stream.seek(location.offset)
-            left, checksum = location.nbytes, 0
-            while left:
-                chunk = stream.read(min(left, 1 << 24))
-                checksum = zlib.crc32(chunk, checksum)
-                left -= len(chunk)
-        checksums[name] = f"{checksum:08x}"
-    return checksums
+    """{tensor name: its checksum in the folder's safetensors files}."""
+    return {name: tensor_checksum(location) for name, location in sorted(locate_tensors(folder).items())}
+
+
+def tensor_checksum(location: TensorLocation) -> str:
+    """CRC-32 of a tensor's bytes, eight hexadecimal digits."""
+    with location.file.open("rb") as stream:
+        stream.seek(location.offset)
+        left, checksum = location.nbytes, 0
+        while left:
+            chunk = stream.read(min(left, 1 << 24))
+            checksum = zlib.crc32(chunk, checksum)
+            left -= len(chunk)
+    return f"{checksum:08x}"
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -1,4 +1,4 @@
-"""One linear layer: score, masks, correction, packing."""
+"""One linear layer: choosing what stays, with which values, and packing it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from .correct import variance_correction
 from .equalize import equalization_scale
 from .mask import choose_masks
 from .score import importance
+from .solvers import SOLVERS, Solution
 from .statistics import InputStatistics
 from .summary import LayerSummary
 
-GRAM_CORRECTIONS = ("output", "least-squares")
+_GRAM_CORRECTIONS = ("output", "least-squares")
+
+
+def needs_gram(config: NMConfig) -> bool:
+    """Whether `sparsify_layer` needs the Gram matrix of the inputs."""
+    return config.solver in SOLVERS or config.variance_correction in _GRAM_CORRECTIONS
 
 
 def sparsify_layer(
@@ -31,21 +37,18 @@ def sparsify_layer(
     Raises:
         NMError: naming the layer, a value does not fit the type it is stored in.
     """
-    scale = torch.ones_like(statistics.absolute_max)
-    if config.equalization is not None and not equalized:
-        scale = equalization_scale(statistics.absolute_max, weight.abs().amax(dim=0), config.equalization)
-    scores = importance(weight * scale, statistics.norm / scale, config.score, config.score_exponent)
-    mask, outlier_mask = choose_masks(scores, layer)
-    kept = mask if outlier_mask is None else mask | outlier_mask
-    pruned = weight * kept.to(weight.device)
-    if config.variance_correction is not None and not layer.pattern.is_dense:
-        statistic_scale = 1.0 if config.variance_correction in GRAM_CORRECTIONS else scale
-        pruned *= variance_correction(
-            weight * statistic_scale, pruned * statistic_scale, config.variance_correction, statistics.gram
-        )
+    if config.solver == "mask":
+        solution = _masked(weight, statistics, layer, config, equalized)
+    else:
+        assert statistics.gram is not None
+        solution = SOLVERS[config.solver](weight, statistics.gram, layer)
     try:
         packed = PackedWeight.from_config(
-            pruned, layer, mask=mask, outlier_mask=outlier_mask, column_weight=statistics.square_sum.cpu()
+            solution.weight,
+            layer,
+            mask=solution.mask,
+            outlier_mask=solution.outlier_mask,
+            column_weight=statistics.square_sum.cpu(),
         )
     except NMError as error:
         raise NMError(f"{name}: {error}") from None
@@ -54,8 +57,28 @@ def sparsify_layer(
     summary = LayerSummary(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
-        density=kept.float().mean().item(),
+        density=solution.kept.float().mean().item(),
         relative_error=statistics.energy(change) / total if total else 0.0,
         bits_per_weight=packed.bits_per_weight,
     )
     return packed, summary
+
+
+def _masked(
+    weight: Tensor, statistics: InputStatistics, layer: LayerConfig, config: NMConfig, equalized: bool
+) -> Solution:
+    """Choose by score and keep the survivors, up to the variance correction."""
+    scale = torch.ones_like(statistics.absolute_max)
+    if config.equalization is not None and not equalized:
+        scale = equalization_scale(statistics.absolute_max, weight.abs().amax(dim=0), config.equalization)
+    scores = importance(weight * scale, statistics.norm / scale, config.score, config.score_exponent)
+    mask, outlier_mask = choose_masks(scores, layer)
+    kept = mask if outlier_mask is None else mask | outlier_mask
+    pruned = weight * kept.to(weight.device)
+    if config.variance_correction is not None and not layer.pattern.is_dense:
+        # The Gram matrix is that of the inputs as they are.
+        statistics_scale = 1.0 if config.variance_correction in _GRAM_CORRECTIONS else scale
+        pruned *= variance_correction(
+            weight * statistics_scale, pruned * statistics_scale, config.variance_correction, statistics.gram
+        )
+    return Solution(pruned, mask, outlier_mask)

@@ -19,7 +19,7 @@ from ..packing.packed_weight import PackedWeight
 from .architectures import decoder_blocks, output_layer_name
 from .block_inputs import BlockInputs
 from .equalize import fold_block
-from .layer import GRAM_CORRECTIONS, sparsify_layer
+from .layer import needs_gram, sparsify_layer
 from .statistics import InputStatistics, StatisticsCollector
 from .summary import LayerSummary, SparsificationSummary
 
@@ -96,8 +96,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def _collector(linears: dict[str, nn.Module], inputs: BlockInputs, config: NMConfig) -> StatisticsCollector:
-    with_gram = config.variance_correction in GRAM_CORRECTIONS
-    return StatisticsCollector(linears, with_gram, len(inputs.batches), config.seed)
+    return StatisticsCollector(linears, needs_gram(config), len(inputs.batches), config.seed)
 
 
 def _sparsify_block(
@@ -115,8 +114,7 @@ def _sparsify_block(
     for name, weight in packed.items():
         set_dense_weight(linears[name], weight.unpack().to(dense_weight(linears[name]).device))
     inputs.advance(index)
-    for name, weight in packed.items():
-        replace_linear(model, name, NMLinear.from_packed(weight, getattr(linears[name], "bias", None)))
+    _install(model, packed, linears)
     return summaries
 
 
@@ -126,8 +124,7 @@ def _sparsify_outside(
     with _collector(linears, inputs, config) as collector:
         inputs.run_surroundings()
     packed, summaries = _sparsify_linears(linears, collector.statistics(), config, set())
-    for name, weight in packed.items():
-        replace_linear(model, name, NMLinear.from_packed(weight, getattr(linears[name], "bias", None)))
+    _install(model, packed, linears)
     return summaries
 
 
@@ -143,3 +140,9 @@ def _sparsify_linears(
             packed[name], summary = sparsify_layer(name, weight, statistics[name], layer, config, name in folded)
             summaries.append(summary)
     return packed, summaries
+
+
+def _install(model: PreTrainedModel, packed: dict[str, PackedWeight], linears: dict[str, nn.Module]) -> None:
+    for name, weight in packed.items():
+        linear = NMLinear.from_packed(weight, getattr(linears[name], "bias", None))
+        replace_linear(model, name, linear.to(device=dense_weight(linears[name]).device))

@@ -121,6 +121,8 @@ class StatisticsCollector:
             if leader not in self._collected:
                 self._collected[leader] = InputStatistics.empty(module, False)
             result[name] = self._collected[leader]
+            if len(result[name].samples) > 1:
+                result[name].samples = [torch.cat(result[name].samples)]
             if not torch.isfinite(result[name].square_sum).all():
                 raise NMError(f"{name} receives activations that are not finite; they must be finite numbers.")
         return result

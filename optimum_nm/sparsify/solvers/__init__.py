@@ -1,0 +1,22 @@
+"""Solvers that choose masks and new values for the survivors together, from a weight and its Gram matrix.
+
+Each is a function of one signature, listed in SOLVERS under its name in `NMConfig.solver`; "mask", which leaves the
+survivors as they are, is not among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ...config import LayerConfig
+from .admm import admm
+from .conjugate_gradients import conjugate_gradients
+from .solution import Solution
+from .sparsegpt import sparsegpt
+
+Solver = Callable[[Tensor, Tensor, LayerConfig], Solution]
+SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt, "admm": admm}
+
+__all__ = ["SOLVERS", "Solution", "Solver", "admm", "conjugate_gradients", "sparsegpt"]

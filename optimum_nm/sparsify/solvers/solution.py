@@ -1,0 +1,37 @@
+"""What a solver returns, and how it prepares a Gram matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned weight.
+
+    Attributes:
+        weight: float32 `[out_features, in_features]`, zero outside the masks.
+        mask: bool on the CPU, the base: at most N in a group.
+        outlier_mask: bool on the CPU, disjoint from `mask`: k in a block; None without outliers.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    outlier_mask: Tensor | None
+
+    @property
+    def kept(self) -> Tensor:
+        """Bool `[out_features, in_features]`: base and outliers, on the device of the weight."""
+        kept = self.mask if self.outlier_mask is None else self.mask | self.outlier_mask
+        return kept.to(self.weight.device)
+
+
+def damped(gram: Tensor, share: float) -> Tensor:
+    """G + share · mean(diag G) · I in float64; the identity's share is 1 for inputs that are all zero."""
+    gram = gram.double()
+    mean = gram.diagonal().mean()
+    amount = share * mean if mean > 0 else torch.ones_like(mean)
+    return gram + amount * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -1,0 +1,137 @@
+"""Solvers against exhaustive and closed-form optima, and against choosing by score alone."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from optimum_nm.config import LayerConfig, NMConfig
+from optimum_nm.nn.linear import NMLinear
+from optimum_nm.optimizer import NMOptimizer
+from optimum_nm.patterns import NMPattern, OutlierPattern
+from optimum_nm.sparsify.mask import choose_masks
+from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients
+
+
+def layer_config(pattern, outliers=None):
+    return LayerConfig(NMPattern.parse(pattern), OutlierPattern.parse(outliers), "float16", 128, "codes", "float16")
+
+
+def problem(rows=16, columns=96, rank=24, tokens=400, seed=0):
+    """A weight and the Gram matrix of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randn(tokens, rank, generator=generator)
+    inputs = factors @ torch.randn(rank, columns, generator=generator)
+    inputs += torch.randn(tokens, columns, generator=generator)
+    inputs *= torch.rand(columns, generator=generator) * 3 + 0.2
+    return torch.randn(rows, columns, generator=generator), inputs.t() @ inputs
+
+
+def error(weight, pruned, gram):
+    change = (weight - pruned).double()
+    return ((change @ gram.double()) * change).sum().item()
+
+
+def score_solution_error(weight, gram, layer):
+    mask, outlier_mask = choose_masks(weight.abs() * gram.diagonal().sqrt(), layer)
+    return error(weight, weight * (mask if outlier_mask is None else mask | outlier_mask), gram)
+
+
+def exhaustive_optimum(weight, gram, n, m):
+    """The least error over all masks of one row, each with its best values."""
+    groups = [[set(kept) for kept in combinations(range(g, g + m), n)] for g in range(0, len(weight), m)]
+    supports = [set()]
+    for choices in groups:
+        supports = [support | choice for support in supports for choice in choices]
+    best = float("inf")
+    for support in supports:
+        index = torch.tensor(sorted(support))
+        values = torch.linalg.solve(gram[index][:, index].double(), (gram[index].double() @ weight.double()))
+        pruned = torch.zeros_like(weight, dtype=torch.float64)
+        pruned[index] = values
+        best = min(best, error(weight[None], pruned[None], gram))
+    return best
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16", "16:32", "6:16", "16:16"])
+@pytest.mark.parametrize("outliers", [None, "4:32"])
+@pytest.mark.parametrize("columns", [96, 90])
+def test_solution_keeps_the_pattern(solver, pattern, outliers, columns):
+    weight, gram = problem(columns=columns)
+    layer = layer_config(pattern, outliers)
+    solution = SOLVERS[solver](weight, gram, layer)
+    assert torch.isfinite(solution.weight).all()
+    assert not solution.weight[~solution.kept].any()
+    m = layer.pattern.m
+    counts = torch.nn.functional.pad(solution.mask, (0, -columns % m)).view(len(weight), -1, m).sum(dim=-1)
+    assert counts.max() <= layer.pattern.n
+    if outliers is None:
+        assert (counts[:, :-1] == layer.pattern.n).all()
+    else:
+        assert not (solution.mask & solution.outlier_mask).any()
+        assert (solution.outlier_mask.sum(dim=1) == layer.outliers.per_row(columns)).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "16:32"])
+@pytest.mark.parametrize("outliers", [None, "4:32"])
+def test_solution_beats_choosing_by_score(solver, pattern, outliers):
+    weight, gram = problem()
+    layer = layer_config(pattern, outliers)
+    solution = SOLVERS[solver](weight, gram, layer)
+    assert error(weight, solution.weight, gram) < 0.6 * score_solution_error(weight, gram, layer)
+
+
+@pytest.mark.parametrize(("solver", "factor"), [("sparsegpt", 1.6), ("admm", 1.25)])
+def test_solution_is_near_the_exhaustive_optimum(solver, factor):
+    weight, gram = problem(rows=24, columns=8, rank=4)
+    solution = SOLVERS[solver](weight, gram, layer_config("2:4"))
+    best = sum(exhaustive_optimum(row, gram, 2, 4) for row in weight)
+    assert best * 0.999 <= error(weight, solution.weight, gram) <= factor * best
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_independent_inputs_have_a_known_optimum(solver):
+    """With a diagonal Gram matrix it is the largest w²·G_jj of a group, unchanged."""
+    weight, gram = problem()
+    gram = torch.diag(gram.diagonal().mean().expand(96))
+    layer = layer_config("8:16", "4:32")
+    solution = SOLVERS[solver](weight, gram, layer)
+    mask, outlier_mask = choose_masks(weight.abs(), layer)
+    optimum = error(weight, weight * (mask | outlier_mask), gram)
+    assert optimum * 0.999 <= error(weight, solution.weight, gram) <= optimum * 1.05
+    assert torch.allclose(solution.weight, weight * solution.kept, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_inputs_that_are_always_zero_are_no_obstacle(solver):
+    weight, gram = problem()
+    gram[:, 5:30], gram[5:30] = 0, 0
+    solution = SOLVERS[solver](weight, gram, layer_config("8:16"))
+    assert torch.isfinite(solution.weight).all()
+    gram.zero_()
+    assert torch.isfinite(SOLVERS[solver](weight, gram, layer_config("8:16")).weight).all()
+
+
+def test_conjugate_gradients_reach_the_least_squares_values_of_a_mask():
+    weight, gram = problem(columns=32)
+    kept, _ = choose_masks(weight.abs(), layer_config("8:16"))
+    refined = conjugate_gradients(weight, weight * kept, kept, gram, rounds=60)
+    for row in range(len(weight)):
+        index = kept[row].nonzero().flatten()
+        values = torch.linalg.solve(gram[index][:, index].double(), gram[index].double() @ weight[row].double())
+        assert torch.allclose(refined[row, index].double(), values, rtol=1e-2, atol=1e-3)
+    assert not refined[~kept].any()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_optimizer_runs_the_solver(solver, tiny_llama_folder, text, tmp_path):
+    errors = {}
+    for name in ("mask", solver):
+        config = NMConfig(solver=name, outliers="8:128", calibration_samples=8, calibration_length=64)
+        optimizer = NMOptimizer.from_pretrained(tiny_llama_folder)
+        summary = optimizer.optimize(tmp_path / name, config, [text], progress=False)
+        assert isinstance(optimizer.model.model.layers[0].mlp.up_proj, NMLinear)
+        errors[name] = summary.by_type()["all"]["relative_error"]
+    assert errors[solver] < errors["mask"]
