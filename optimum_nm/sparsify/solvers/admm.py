@@ -1,13 +1,16 @@
-"""ADMM with a gradually pruned mask (Boža, "Fast and Effective Weight Update for Pruned LLMs", TMLR 2024)."""
+"""ADMM with a gradually pruned mask."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from .problem import NormalEquations, SolverProblem, SolverSolution
-from .quantized import quantized_solution
-from .refit import refit
-from .support import Support
+from ...config import LayerConfig
+from ...packing.selection import select_outliers
+from ...patterns import NMPattern
+from ..mask import choose_masks
+from .conjugate_gradients import conjugate_gradients
+from .solution import Solution, damped
 
 DAMPING = 0.1
 PENALTY = 1.0
@@ -15,25 +18,34 @@ ROUNDS = 20
 GRADUAL_ROUNDS = 15
 
 
-def solve_admm(problem: SolverProblem) -> SolverSolution:
-    """Split min ‖X(W−Ŵ)ᵀ‖² over Ŵ on a support into a dense least squares and a projection, and alternate.
+def admm(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
+    """Prune by alternating a least-squares step and a projection (Boža, 2401.02938), for any N:M and with outliers.
 
-    For the first rounds the support is chosen anew from what the iteration has, its size falling cubically from dense
-    to N of M; then it stays, and conjugate gradients finish the weights on it.
+    For the first rounds the mask is chosen anew from the iterate, its size falling cubically to N of M; conjugate
+    gradients finish the values.
     """
-    pattern = problem.layer.pattern
-    equations = NormalEquations.of(problem, DAMPING)
-    inverse = equations.inverse(PENALTY)
-    support = Support(problem, fixed_outliers=False)
-    gradient_at_zero = equations.target @ equations.matrix
-    weight, dual = equations.target, torch.zeros_like(equations.target)
+    scale = gram.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    matrix = damped(gram / scale.outer(scale), DAMPING)
+    eye = torch.eye(len(gram), dtype=matrix.dtype, device=gram.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix + PENALTY * eye)).float()
+    matrix = matrix.float()
+    target = weight * scale
+    constant = target @ matrix
+    outlier_mask = None
+    if layer.outliers is not None:
+        columns, used = select_outliers(target.abs().cpu(), layer.outliers)
+        outlier_mask = torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, columns, used)
+    current, dual = target, torch.zeros_like(target)
     for round_ in range(ROUNDS):
         if round_ < GRADUAL_ROUNDS:
-            remaining = (1 - (round_ + 1) / GRADUAL_ROUNDS) ** 3
-            kept = support.project(weight + dual, pattern.n + round((pattern.m - pattern.n) * remaining))
-        pruned = (weight + dual) * kept
-        dual += weight - pruned
-        weight = (gradient_at_zero + PENALTY * (pruned - dual)) @ inverse
-    weight = refit(equations, kept, weight * kept) / equations.scale
-    mask, outlier_mask = support.split(kept, weight)
-    return quantized_solution(problem, weight, mask, outlier_mask)
+            left = (1 - (round_ + 1) / GRADUAL_ROUNDS) ** 3
+            n = layer.pattern.n + round((layer.pattern.m - layer.pattern.n) * left)
+            step = LayerConfig(**(vars(layer) | {"pattern": NMPattern(n, layer.pattern.m)}))
+            mask, _ = choose_masks((current + dual).abs(), step, outlier_mask)
+            kept = (mask if outlier_mask is None else mask | outlier_mask).to(weight.device)
+        pruned = (current + dual) * kept
+        dual = dual + current - pruned
+        current = (constant + PENALTY * (pruned - dual)) @ inverse
+    current = conjugate_gradients(target, current * kept, kept, matrix)
+    return Solution(current / scale, mask, outlier_mask)
