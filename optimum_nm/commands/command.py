@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,17 @@ class Command(BaseOptimumCLICommand):
         print(json.dumps(_without_nan(outcome.data), indent=2) if self.args.json else outcome.text)
         if not outcome.ok:
             sys.exit(1)
+
+
+def positive(text: str) -> int:
+    """An option's whole number above 0."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return number
 
 
 def split_gguf(model: str) -> tuple[str, dict[str, str]]:

@@ -6,7 +6,7 @@ from argparse import SUPPRESS, ArgumentParser
 
 from optimum.commands.base import CommandInfo
 
-from .command import Command, Outcome, check_device, split_gguf
+from .command import Command, Outcome, check_device, positive, split_gguf
 
 
 class EvaluateCommand(Command):
@@ -27,14 +27,14 @@ class EvaluateCommand(Command):
             default="wikitext2",
             help="text to predict: a text file, a .jsonl file with a text field, or the test split of wikitext2 or c4",
         )
-        parser.add_argument("--window", type=int, default=1024, help="tokens the model reads at once")
+        parser.add_argument("--window", type=positive, default=1024, help="tokens the model reads at once")
         parser.add_argument(
             "--stride",
-            type=int,
+            type=positive,
             help="tokens from one window to the next; less than the window gives every token more context and takes "
             "longer; by default the window",
         )
-        parser.add_argument("--tokens", type=int, help="read only so many tokens of the text; by default all")
+        parser.add_argument("--tokens", type=positive, help="read only so many tokens of the text; by default all")
         parser.add_argument("--runtime", choices=("torch", "onnxruntime"), default="torch", help="what runs the model")
         parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
         parser.add_argument(
