@@ -36,8 +36,8 @@ def add_config_options(parser: ArgumentParser) -> None:
         help="JSON file with fields of NMConfig, or a checkpoint folder to take them from; options given here win",
     )
     described = field_descriptions()
-    for name, field in FIELDS.items():
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    for name in FIELDS:
+        default = getattr(NMConfig(), name)
         help_text = f"{described[name]} (default: {_as_typed(default)})".replace("%", "%%")
         if name == "overrides":
             group.add_argument(

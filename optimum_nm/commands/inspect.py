@@ -16,7 +16,9 @@ class InspectCommand(Command):
     def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("--model", required=True, default=SUPPRESS, help="folder of a packed checkpoint")
         parser.add_argument(
-            "--plot", metavar="FILE.png", help="also draw the histogram of the packed weights (extra [report])"
+            "--plot",
+            metavar="FILE.png",
+            help="also draw the weights by magnitude and their bits by layer type (extra [report])",
         )
 
     def outcome(self) -> Outcome:
@@ -26,9 +28,9 @@ class InspectCommand(Command):
         data = inspection.to_dict()
         text = str(inspection)
         if self.args.plot is not None:
-            from ..evaluate.histogram import plot_histogram
+            from ..evaluate.histogram import plot_checkpoint
 
-            plot_histogram(self.args.model, self.args.plot)
+            plot_checkpoint(self.args.model, self.args.plot)
             data["plot"] = self.args.plot
-            text += f"\nHistogram written to {self.args.plot}."
+            text += f"\nPlot written to {self.args.plot}."
         return Outcome(text, data)

@@ -73,7 +73,8 @@ def cut_windows(tokens: int, window: int, stride: int | None = None) -> list[Win
         raise NMError(f"window is {window} and stride {stride}; the stride must be between 1 and the window.")
     if tokens < 2:
         raise NMError(f"the text has {tokens} token(s); at least 2 are needed to predict one from another.")
-    windows, end = [], 0
+    windows: list[Window] = []
+    end = 0
     while end < tokens - 1:
         begin = len(windows) * stride
         scored_from, end = end + 1, min(begin + window, tokens - 1)
