@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
-@wrapt.when_imported("transformers.quantizers.auto")
+@wrapt.when_imported("transformers.modeling_utils")
 def _register_quantizer(_: Any) -> None:
     """transformers has no entry-point discovery: without this it returns randomly initialised linears."""
     from .nn.quantizer import register

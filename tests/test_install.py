@@ -55,3 +55,9 @@ def test_optimum_cli_lists_the_command():
     listed = subprocess.run([cli, "nm", "--help"], capture_output=True, text=True, check=True).stdout
     for command in ("sparsify", "export", "convert-onnx", "evaluate", "inspect", "verify", "benchmark"):
         assert command in listed
+
+
+@pytest.mark.parametrize("name", ["PreTrainedModel", "LlamaForCausalLM", "AutoModelForCausalLM"])
+def test_transformers_can_be_imported_after_the_package(name):
+    script = f"import optimum_nm; from transformers import {name}"
+    subprocess.run([sys.executable, "-c", script], check=True)
