@@ -1,0 +1,253 @@
+"""The fused graph: the model types it stands for, its weights in place, its three runtimes."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_nm import NMConfig, NMLinear, NMModelForCausalLM, PackedWeight
+from optimum_nm.errors import NMError
+from optimum_nm.evaluate.onnx_decoder import OnnxDecoder
+from optimum_nm.nn.convert import dense_weight, linear_layers, replace_linear
+from optimum_nm.nn.skeleton import open_checkpoint
+from optimum_nm.onnx.fused import MODEL_TYPES, check_fusible
+from optimum_nm.onnx.fused_export import export_fused
+from optimum_nm.onnx.genai import genai_config
+from optimum_nm.runtime.session import session_options
+
+TOKENS = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+DIMENSIONS = TOKENS | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+GPT = TOKENS | {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+VARIANTS = {
+    "arcee": {},
+    "gpt2": {},
+    "gptj": {"rotary_dim": 16},
+    "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "llama biased": {"attention_bias": True, "mlp_bias": True},
+    "llama rope": {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}},
+    "llama linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "llama yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "mistral": {"sliding_window": None},
+    "mistral window": {"sliding_window": 8},
+    "olmo": {},
+    "olmo2": {},
+    "phi": {"num_attention_heads": 2, "partial_rotary_factor": 0.5},
+    "phi3": {"head_dim": 32},
+    "qwen2": {"rope_theta": 1e6},
+    "qwen3": {"head_dim": 32},
+    "seed_oss": {"head_dim": 32},
+    "smollm3": {"num_hidden_layers": 3, "no_rope_layer_interval": 2},
+    "starcoder2": {},
+}
+
+
+def packed_checkpoint(folder, model_type="llama", weight_dtype="float32", stored_dtype=torch.float32, **changes):
+    """A packed checkpoint with random weights everywhere, biases and norms too, and its torch model."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **((GPT if model_type.startswith("gpt") else DIMENSIONS) | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        scale = 0.2 if parameter.ndim == 1 else 0.1
+        centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
+        parameter.data.copy_(torch.randn_like(parameter) * scale + centre)
+    packing = NMConfig(weight_dtype=weight_dtype, group_size=32, outliers="4:256")
+    for name, linear in linear_layers(model).items():
+        layer = packing.layer(name)
+        if layer is not None:
+            packed = PackedWeight.from_config(dense_weight(linear).data, layer)
+            replace_linear(model, name, NMLinear.from_packed(packed, linear.bias))
+    model.config.quantization_config = packing.to_dict()
+    model.to(stored_dtype).save_pretrained(folder)
+    return NMModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def export(folder, accuracy_level=0, **options):
+    return onnx.load(export_fused(folder, accuracy_level=accuracy_level, **options), load_external_data=False)
+
+
+def torch_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def random_tokens(count):
+    return torch.randint(0, TOKENS["vocab_size"], (count,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def test_every_model_type_is_tested():
+    assert {name.partition(" ")[0] for name in VARIANTS} == set(MODEL_TYPES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_agrees_with_torch_with_a_prompt_and_token_by_token(tmp_path, variant):
+    model = packed_checkpoint(tmp_path, variant.partition(" ")[0], **VARIANTS[variant])
+    kinds = {node.op_type for node in export(tmp_path).graph.node}
+    assert "GroupQueryAttention" in kinds and "MatMul" not in kinds
+    tokens = random_tokens(40)
+    decoder = OnnxDecoder(tmp_path / "model.onnx", session_options(1))
+    read = np.concatenate([decoder.read(tokens[:30]), *(decoder.read([token]) for token in tokens[30:])])
+    np.testing.assert_allclose(read, torch_logits(model, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("stored_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", ["float16", "int8", "int4"])
+def test_agrees_with_torch_in_every_type(tmp_path, weight_dtype, stored_dtype):
+    model = packed_checkpoint(tmp_path, "qwen2", weight_dtype, stored_dtype)
+    export(tmp_path)
+    tokens = random_tokens(20)
+    read = OnnxDecoder(tmp_path / "model.onnx", session_options(1)).read(tokens)
+    np.testing.assert_allclose(read, torch_logits(model, tokens), atol=1e-3)
+
+
+def test_runs_without_the_library(tmp_path):
+    import onnxruntime
+
+    model = packed_checkpoint(tmp_path, "qwen3", "int4", head_dim=32)
+    export(tmp_path)
+    tokens = random_tokens(12)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    read = OnnxDecoder(tmp_path / "model.onnx", options).read(tokens)
+    np.testing.assert_allclose(read, torch_logits(model, tokens), atol=1e-3)
+
+
+def test_weights_are_the_checkpoints_own_bytes(tmp_path):
+    packed_checkpoint(tmp_path, "phi3", "int8", torch.float16, tie_word_embeddings=True, head_dim=32)
+    graph = export(tmp_path)
+    external = {tensor.name for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
+    layer = "model.layers.0.self_attn.qkv_proj.values"
+    assert {f"{layer}[0:128]", f"{layer}[128:192]", f"{layer}[192:256]"} <= external
+    assert "model.layers.1.mlp.gate_up_proj.positions" in external
+    assert "model.embed_tokens.weight" in external and not any("lm_head" in name for name in external)
+    inside = sum(len(tensor.raw_data) for tensor in graph.graph.initializer if tensor.name not in external)
+    rotary = 2 * DIMENSIONS["max_position_embeddings"] * 16 * 4
+    norms = 5 * DIMENSIONS["hidden_size"] * 4
+    assert inside <= rotary + norms + 100
+    assert {file.name for file in tmp_path.iterdir()} >= {"model.onnx", "model.safetensors"}
+
+
+def test_accuracy_level_is_4_for_integers_unless_asked(tmp_path):
+    packed_checkpoint(tmp_path, weight_dtype="int8")
+
+    def levels(asked):
+        nodes = [node for node in export(tmp_path, asked).graph.node if node.op_type == "MatMulNM"]
+        return {a.i for node in nodes[:-1] for a in node.attribute if a.name == "accuracy_level"}
+
+    assert (levels(None), levels(0), levels(4)) == ({4}, {0}, {4})
+
+
+def test_last_logits_are_those_of_the_last_token(tmp_path):
+    packed_checkpoint(tmp_path)
+    export(tmp_path)
+    tokens = random_tokens(15)
+    every = OnnxDecoder(tmp_path / "model.onnx", session_options(1)).read(tokens)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    export(tmp_path, runtime="genai")
+    last = OnnxDecoder(tmp_path / "model.onnx", session_options(1)).read(tokens)
+    assert last.shape == (1, TOKENS["vocab_size"])
+    np.testing.assert_allclose(last[0], every[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes,reason",
+    [
+        ({"model_type": "gpt_neox"}, "model type 'gpt_neox'"),
+        ({"head_dim": 24}, "head size 24"),
+        ({"model_type": "phi", "partial_rotary_factor": 0.5}, "rotary size 8"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"layer_types": ["full_attention", "sliding_attention"], "model_type": "qwen2"}, "full_attention and sliding"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.5, "head_dim": 32}, "partial_rotary_factor 0.5"),
+    ],
+)
+def test_says_what_has_no_fused_graph(tmp_path, changes, reason):
+    packed_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 1e4} | changes))
+    with pytest.raises(NMError, match=reason):
+        check_fusible(open_checkpoint(tmp_path))
+
+
+@pytest.fixture
+def genai_folder(tmp_path, tokenizer):
+    model = packed_checkpoint(tmp_path, vocab_size=len(tokenizer), eos_token_id=[0, 1])
+    tokenizer.save_pretrained(tmp_path)
+    export(tmp_path, runtime="genai")
+    return tmp_path, model
+
+
+def test_onnxruntime_genai_chooses_the_tokens_of_torch(genai_folder, tokenizer):
+    import onnxruntime_genai
+
+    folder, model = genai_folder
+    runtime = onnxruntime_genai.Model(str(folder))
+    prompt = "The river runs under"
+    tokens = [int(token) for token in onnxruntime_genai.Tokenizer(runtime).encode(prompt)]
+    assert tokens == tokenizer.encode(prompt)
+    parameters = onnxruntime_genai.GeneratorParams(runtime)
+    parameters.set_search_options(max_length=len(tokens) + 24, min_length=len(tokens) + 24)
+    generator = onnxruntime_genai.Generator(runtime, parameters)
+    generator.append_tokens(tokens)
+    while not generator.is_done():
+        generator.generate_next_token()
+    chosen = [int(token) for token in generator.get_sequence(0)]
+    count = len(tokens) + 24
+    expected = model.generate(torch.tensor([tokens]), min_length=count, max_length=count, do_sample=False)[0].tolist()
+    assert chosen == expected
+
+
+def test_ort_model_generates_the_tokens_of_torch(genai_folder):
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    folder, model = genai_folder
+    prompt = torch.tensor([random_tokens(9)])
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    loaded = ORTModelForCausalLM.from_pretrained(folder, session_options=session_options(1))
+    assert loaded.generate(prompt, attention_mask=torch.ones_like(prompt), **settings).tolist() == expected.tolist()
+
+
+def test_genai_config_states_the_model(genai_folder):
+    folder, _ = genai_folder
+    config = json.loads((folder / "genai_config.json").read_text())
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    library = config["model"]["decoder"]["session_options"]["custom_ops_library"]
+    assert (folder / library).is_file()
+    assert config == genai_config(folder, graph, library)
+    assert config["model"]["eos_token_id"] == [0, 1] and config["model"]["context_length"] == 256
+    assert config["search"]["past_present_share_buffer"]
+
+
+def test_genai_needs_a_tokenizer(tmp_path):
+    packed_checkpoint(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(NMError, match=r"has no tokenizer\.json"):
+        export(tmp_path, runtime="genai")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_runtimes_are_two(tmp_path):
+    with pytest.raises(NMError, match="runtime is 'llama'; it must be one of onnxruntime, genai"):
+        export_fused(tmp_path, runtime="llama")
+
+
+def test_byte_level_tokenizers_keep_only_the_byte_level_decoder(genai_folder, tokenizer):
+    folder, _ = genai_folder
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    fuse = {"type": "Fuse"}
+    changed = plain | {"decoder": {"type": "Sequence", "decoders": [fuse, plain["decoder"]]}}
+    (folder / "tokenizer.json").write_text(json.dumps(changed))
+    export(folder, runtime="genai")
+    assert json.loads((folder / "tokenizer.json").read_text()) == plain
