@@ -17,6 +17,7 @@ from optimum_nm.onnx.fused import MODEL_TYPES, check_fusible
 from optimum_nm.onnx.fused_export import export_fused
 from optimum_nm.onnx.genai import genai_config
 from optimum_nm.runtime.session import session_options
+from optimum_nm.sparsify.tensor_order import arrange_tensors
 
 TOKENS = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 DIMENSIONS = TOKENS | {
@@ -94,6 +95,7 @@ def test_every_model_type_is_tested():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_agrees_with_torch_with_a_prompt_and_token_by_token(tmp_path, variant):
     model = packed_checkpoint(tmp_path, variant.partition(" ")[0], **VARIANTS[variant])
+    arrange_tensors(tmp_path)
     kinds = {node.op_type for node in export(tmp_path).graph.node}
     assert "GroupQueryAttention" in kinds and "MatMul" not in kinds
     tokens = random_tokens(40)
@@ -129,7 +131,7 @@ def test_weights_are_the_checkpoints_own_bytes(tmp_path):
     graph = export(tmp_path)
     external = {tensor.name for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
     layer = "model.layers.0.self_attn.qkv_proj.values"
-    assert {f"{layer}[0:128]", f"{layer}[128:192]", f"{layer}[192:256]"} <= external
+    assert f"{layer}[0:128]+{layer}[128:192]+{layer}[192:256]" in external
     assert "model.layers.1.mlp.gate_up_proj.positions" in external
     assert "model.embed_tokens.weight" in external and not any("lm_head" in name for name in external)
     inside = sum(len(tensor.raw_data) for tensor in graph.graph.initializer if tensor.name not in external)
@@ -137,6 +139,18 @@ def test_weights_are_the_checkpoints_own_bytes(tmp_path):
     norms = 5 * DIMENSIONS["hidden_size"] * 4
     assert inside <= rotary + norms + 100
     assert {file.name for file in tmp_path.iterdir()} >= {"model.onnx", "model.safetensors"}
+
+
+def test_projections_stored_side_by_side_are_one_node(tmp_path):
+    packed_checkpoint(tmp_path, "qwen2", "int4")
+    tokens = random_tokens(12)
+    counts, logits = [], []
+    for _ in range(2):
+        counts.append(sum(node.op_type == "MatMulNM" for node in export(tmp_path).graph.node))
+        logits.append(OnnxDecoder(tmp_path / "model.onnx", session_options(1)).read(tokens))
+        arrange_tensors(tmp_path)
+    assert counts == [2 * 7 + 1, 2 * 5 + 1]
+    np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_accuracy_level_is_4_for_integers_unless_asked(tmp_path):

@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from ..config import INTEGER_DTYPES
 from ..errors import NMError
 from ..packing.checkpoint import PackedCheckpoint
+from .joint_projections import join_projections
 from .operator import DOMAIN, OPERATOR, VERSION, node_attributes
 from .stored_tensors import StoredMatrix, StoredRows, StoredTensors, empty_initializer
 
@@ -88,7 +89,9 @@ def fused_graph(
     tokens = 1 if last_logits else "sequence_len"
     model.graph.outputs[0].shape = ir.Shape(["batch", tokens, package.config.vocab_size])  # onnxruntime-genai asks it
     model.graph.opset_imports[DOMAIN] = VERSION
-    return ir.to_proto(model)
+    proto = ir.to_proto(model)
+    join_projections(proto.graph)
+    return proto
 
 
 def check_fusible(checkpoint: PackedCheckpoint) -> None:

@@ -17,6 +17,7 @@ from ..config import NMConfig
 from ..errors import NMError
 from ..packing.safetensors_files import TensorLocation, locate_tensors
 from .summary import SparsificationSummary
+from .tensor_order import arrange_tensors
 
 CHECKSUMS_FILE = "nm_checksums.json"
 SUMMARY_FILE = "nm_summary.json"
@@ -77,6 +78,7 @@ def write_checkpoint(
     """
     model.config.quantization_config = config.to_dict()
     model.save_pretrained(folder)
+    arrange_tensors(folder)
     tokenizer.save_pretrained(folder)
     stored = locate_tensors(folder)
     for layer in summary.layers:
