@@ -51,7 +51,12 @@ def tokenizer(text):
     model.train_from_iterator(
         [text], trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|end|>", pad_token="<|end|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 @pytest.fixture(scope="session")

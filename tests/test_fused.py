@@ -11,11 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from optimum_nm import NMConfig, NMLinear, NMModelForCausalLM, PackedWeight
 from optimum_nm.errors import NMError
 from optimum_nm.evaluate.onnx_decoder import OnnxDecoder
+from optimum_nm.evaluate.verify_onnx import onnx_problems
 from optimum_nm.nn.convert import dense_weight, linear_layers, replace_linear
 from optimum_nm.nn.skeleton import open_checkpoint
-from optimum_nm.onnx.fused import MODEL_TYPES, check_fusible
+from optimum_nm.onnx.export import export_checkpoint
+from optimum_nm.onnx.fused import MODEL_TYPES, no_fused_graph
 from optimum_nm.onnx.fused_export import export_fused
 from optimum_nm.onnx.genai import genai_config
+from optimum_nm.onnx.operator import register_schema
 from optimum_nm.runtime.session import session_options
 from optimum_nm.sparsify.tensor_order import arrange_tensors
 
@@ -102,6 +105,7 @@ def test_agrees_with_torch_with_a_prompt_and_token_by_token(tmp_path, variant):
     decoder = OnnxDecoder(tmp_path / "model.onnx", session_options(1))
     read = np.concatenate([decoder.read(tokens[:30]), *(decoder.read([token]) for token in tokens[30:])])
     np.testing.assert_allclose(read, torch_logits(model, tokens), atol=1e-4)
+    assert not list(onnx_problems(tmp_path / "model.onnx", open_checkpoint(tmp_path)))
 
 
 @pytest.mark.parametrize("stored_dtype", [torch.float16, torch.bfloat16])
@@ -124,6 +128,29 @@ def test_runs_without_the_library(tmp_path):
     options.intra_op_num_threads = 1
     read = OnnxDecoder(tmp_path / "model.onnx", options).read(tokens)
     np.testing.assert_allclose(read, torch_logits(model, tokens), atol=1e-3)
+
+
+def test_operator_may_be_known_to_the_onnx_package(tmp_path):
+    register_schema()
+    packed_checkpoint(tmp_path)
+    names = [node.name for node in export(tmp_path).graph.node if node.op_type == "MatMulNM"]
+    assert "model.layers.0.mlp.down_proj" in names and len(set(names)) == len(names)
+
+
+def test_the_front_takes_the_fused_graph_where_there_is_one(tmp_path, caplog):
+    packed_checkpoint(tmp_path)
+    kinds = []
+    for options in ({}, {"graph": "traced"}, {"task": "text-generation"}):
+        graph = onnx.load(export_checkpoint(tmp_path, **options), load_external_data=False).graph
+        kinds.append("GroupQueryAttention" in {node.op_type for node in graph.node})
+    assert kinds == [True, False, False]
+    assert "no fused graph for the task 'text-generation'" in caplog.text
+    with pytest.raises(NMError, match="no fused graph of opset 17"):
+        export_checkpoint(tmp_path, graph="fused", opset=17)
+    with pytest.raises(NMError, match="no fused graph for the task"):
+        export_checkpoint(tmp_path, task="text-generation", runtime="genai")
+    with pytest.raises(NMError, match="graph is 'quick'; it must be one of auto, fused, traced"):
+        export_checkpoint(tmp_path, graph="quick")
 
 
 def test_weights_are_the_checkpoints_own_bytes(tmp_path):
@@ -190,8 +217,9 @@ def test_says_what_has_no_fused_graph(tmp_path, changes, reason):
     packed_checkpoint(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 1e4} | changes))
+    assert reason in (no_fused_graph(open_checkpoint(tmp_path)) or "")
     with pytest.raises(NMError, match=reason):
-        check_fusible(open_checkpoint(tmp_path))
+        export(tmp_path)
 
 
 @pytest.fixture

@@ -21,7 +21,18 @@ class ExportCommand(Command):
             "model.onnx points into model.safetensors and no weight is stored twice",
         )
         parser.add_argument(
-            "--graph", choices=("auto", "traced"), default="auto", help="traced: by optimum's exporter, any task"
+            "--graph",
+            choices=("auto", "fused", "traced"),
+            default="auto",
+            help="fused: constructed, the fastest, for common decoder models; traced: by optimum's exporter, any task; "
+            "auto: the first that there is",
+        )
+        parser.add_argument(
+            "--runtime",
+            choices=("onnxruntime", "genai"),
+            default="onnxruntime",
+            help="genai: the folder runs in onnxruntime-genai as it is, and the graph gives the logits after the last "
+            "token only",
         )
         parser.add_argument("--task", default="text-generation-with-past", help="task of optimum's exporter")
         parser.add_argument(
@@ -44,7 +55,12 @@ class ExportCommand(Command):
             args.model,
             output=args.output,
             task=args.task,
+            graph=args.graph,
+            runtime=args.runtime,
             accuracy_level=args.accuracy_level,
             fallback=not args.no_fallback,
         )
-        return Outcome(f"Written to {path}.", {"onnx": str(path)})
+        text = f"Written to {path}."
+        if args.runtime == "genai":
+            text += f"\nonnxruntime-genai runs {path.parent} as it is: onnxruntime_genai.Model({str(path.parent)!r})."
+        return Outcome(text, {"onnx": str(path)})

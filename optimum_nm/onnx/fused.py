@@ -61,9 +61,11 @@ def fused_graph(
             generation needs, and much less work for a long prompt.
 
     Raises:
-        NMError: the model has no fused graph (`check_fusible`), or a tensor is missing or not what it should be.
+        NMError: the model has no fused graph (`no_fused_graph`), or a tensor is missing or not what it should be.
     """
-    check_fusible(checkpoint)
+    reason = no_fused_graph(checkpoint)
+    if reason is not None:
+        raise NMError(reason)
     model_type = checkpoint.model_config["model_type"]
     module_class = mobius.registry.get(model_type)
     parameters = _Parameters(checkpoint, accuracy_level)
@@ -94,30 +96,27 @@ def fused_graph(
     return proto
 
 
-def check_fusible(checkpoint: PackedCheckpoint) -> None:
-    """Raise NMError if the model has no fused graph: GroupQueryAttention and mobius leave some configurations out."""
+def no_fused_graph(checkpoint: PackedCheckpoint) -> str | None:
+    """Why the model has no fused graph, in a sentence: GroupQueryAttention and mobius leave some configurations out."""
     config = AutoConfig.from_pretrained(checkpoint.folder)
     if config.model_type not in MODEL_TYPES:
-        raise NMError(
-            f"model type {config.model_type!r} has no fused graph; it must be one of {', '.join(MODEL_TYPES)}."
-        )
+        return f"model type {config.model_type!r} has no fused graph; it must be one of {', '.join(MODEL_TYPES)}."
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     part = getattr(config, "partial_rotary_factor", None) or 1
     rotary_size = getattr(config, "rotary_dim", None) or int(part * head_size)
     for name, size in {"head": head_size, "rotary": rotary_size}.items():
         if size % 16:
-            raise NMError(f"{name} size {size} has no fused graph; it must be a multiple of 16.")
+            return f"{name} size {size} has no fused graph; it must be a multiple of 16."
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     rotary_type = rotary.get("rope_type", rotary.get("type", "default"))
     if rotary_type not in ROTARY_TYPES:
-        raise NMError(f"rope type {rotary_type!r} has no fused graph; it must be one of {', '.join(ROTARY_TYPES)}.")
-    kinds = set(getattr(config, "layer_types", None) or ())
+        return f"rope type {rotary_type!r} has no fused graph; it must be one of {', '.join(ROTARY_TYPES)}."
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     if len(kinds) > 1:
-        raise NMError(
-            f"layer types {' and '.join(sorted(kinds))} in one model have no fused graph; one must do for all."
-        )
+        return f"layer types {' and '.join(kinds)} in one model have no fused graph; one must do for all."
     if config.model_type == "phi3" and part != 1:
-        raise NMError(f"partial_rotary_factor {part} has no fused graph for phi3; it must be 1.")
+        return f"partial_rotary_factor {part} has no fused graph for phi3; it must be 1."
+    return None
 
 
 def _corrected(config: Any, model_config: dict[str, Any]) -> Any:
@@ -193,7 +192,10 @@ class _StoredLinear(nn.Module):
             x = op.Slice(x, [-1], [np.iinfo(np.int64).max], [1])
         inputs = [self._initializers.value(op, tensor) for tensor in (*matrix.inputs, self._bias)]
         attributes = node_attributes(matrix.in_features, matrix.out_features, matrix.config, self._accuracy_level)
-        result = getattr(op, OPERATOR)(x, *inputs, **attributes, _domain=DOMAIN)
+        name = matrix.inputs[0].name.removesuffix(".values")
+        node = ir.node(OPERATOR, [x, *inputs], attributes, domain=DOMAIN, name=name)
+        op.builder.add_node(node)  # op.MatMulNM would stumble over an attribute and an input of the same name
+        result = node.outputs[0]
         result.dtype = ir.DataType.FLOAT
         if x.shape is not None:
             result.shape = ir.Shape([*x.shape[:-1], matrix.out_features])

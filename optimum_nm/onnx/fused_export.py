@@ -12,9 +12,7 @@ from ..nn.skeleton import open_checkpoint
 from .external_data import MODEL_FILE, check_files
 from .fallback import add_fallback
 from .fused import fused_graph
-from .genai import add_genai_files
-
-RUNTIMES = ("onnxruntime", "genai")
+from .genai import RUNTIMES, add_genai_files
 
 
 def export_fused(

@@ -13,6 +13,7 @@ from ..errors import NMError
 from ..runtime.library import library_path
 from .external_data import MODEL_FILE
 
+RUNTIMES = ("onnxruntime", "genai")
 CONFIG_FILE = "genai_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 _LONGEST = 4096  # tokens that room is made for when a program asks for no other number
