@@ -61,7 +61,7 @@ def dense_model(shape: str, folder: Path) -> None:
 
 
 def packed_model(weight_dtype: str) -> Callable[[Path, Path], None]:
-    """8:16 of the largest weights; the output layer is dense, in the same type."""
+    """8:16 of the largest weights; embedding and output layer are one dense table, in the same type."""
 
     def build(dense: Path, folder: Path) -> None:
         from optimum_nm import NMConfig, NMOptimizer
@@ -74,6 +74,7 @@ def packed_model(weight_dtype: str) -> Callable[[Path, Path], None]:
             weight_dtype=weight_dtype,
             exclude=[],
             overrides={"lm_head": {"pattern": "16:16"}},
+            share_embedding=True,
             calibration_samples=1,
             calibration_length=16,
         )

@@ -63,6 +63,8 @@ class NMConfig:
         outlier_dtype: "float16" or "float32".
         exclude: shell wildcards of module names left as they are.
         overrides: {shell wildcard of module names: {field of LayerConfig: value}}; of several matches the later wins.
+        share_embedding: the input embedding looks up rows of the packed output layer, where the model ties the two;
+            the output layer must be packed with N = M, as by `exclude=[]` and an override of "lm_head".
         preset: name of the preset the other fields came from, informative.
         calibration_samples: number of calibration windows.
         calibration_length: tokens per window.
@@ -87,6 +89,7 @@ class NMConfig:
     outlier_dtype: str = "float16"
     exclude: list[str] = field(default_factory=lambda: ["lm_head"])
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    share_embedding: bool = False
     preset: str | None = None
     calibration_samples: int = 128
     calibration_length: int = 1024
@@ -104,6 +107,8 @@ class NMConfig:
         for name in ("calibration_samples", "calibration_length"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise NMError(f"{name} is {getattr(self, name)!r}; it must be a whole number above 0.")
+        if not isinstance(self.share_embedding, bool):
+            raise NMError(f"share_embedding is {self.share_embedding!r}; it must be true or false.")
         if not isinstance(self.exclude, list) or not all(isinstance(p, str) for p in self.exclude):
             raise NMError(f"exclude is {self.exclude!r}; it must be a list of name patterns.")
         self._layer({})

@@ -13,6 +13,7 @@ from optimum_nm.errors import NMError
 from optimum_nm.evaluate.onnx_decoder import OnnxDecoder
 from optimum_nm.evaluate.verify_onnx import onnx_problems
 from optimum_nm.nn.convert import dense_weight, linear_layers, replace_linear
+from optimum_nm.nn.embedding import share_embedding
 from optimum_nm.nn.skeleton import open_checkpoint
 from optimum_nm.onnx.export import export_checkpoint
 from optimum_nm.onnx.fused import MODEL_TYPES, no_fused_graph
@@ -58,7 +59,9 @@ VARIANTS = {
 }
 
 
-def packed_checkpoint(folder, model_type="llama", weight_dtype="float32", stored_dtype=torch.float32, **changes):
+def packed_checkpoint(
+    folder, model_type="llama", weight_dtype="float32", stored_dtype=torch.float32, packing=None, **changes
+):
     """A packed checkpoint with random weights everywhere, biases and norms too, and its torch model."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **((GPT if model_type.startswith("gpt") else DIMENSIONS) | changes))
@@ -67,12 +70,14 @@ def packed_checkpoint(folder, model_type="llama", weight_dtype="float32", stored
         scale = 0.2 if parameter.ndim == 1 else 0.1
         centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
         parameter.data.copy_(torch.randn_like(parameter) * scale + centre)
-    packing = NMConfig(weight_dtype=weight_dtype, group_size=32, outliers="4:256")
+    packing = packing or NMConfig(weight_dtype=weight_dtype, group_size=32, outliers="4:256")
     for name, linear in linear_layers(model).items():
         layer = packing.layer(name)
         if layer is not None:
             packed = PackedWeight.from_config(dense_weight(linear).data, layer)
             replace_linear(model, name, NMLinear.from_packed(packed, linear.bias))
+    if packing.share_embedding:
+        share_embedding(model)
     model.config.quantization_config = packing.to_dict()
     model.to(stored_dtype).save_pretrained(folder)
     return NMModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -116,6 +121,22 @@ def test_agrees_with_torch_in_every_type(tmp_path, weight_dtype, stored_dtype):
     tokens = random_tokens(20)
     read = OnnxDecoder(tmp_path / "model.onnx", session_options(1)).read(tokens)
     np.testing.assert_allclose(read, torch_logits(model, tokens), atol=1e-3)
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_embedding_that_is_the_packed_output_layer(tmp_path, weight_dtype, group_size):
+    layer = {"pattern": "16:16", "weight_dtype": weight_dtype, "group_size": group_size, "outliers": None}
+    packing = NMConfig(outliers="4:256", overrides={"lm_head": layer}, exclude=["model.*"], share_embedding=True)
+    model = packed_checkpoint(tmp_path, packing=packing, hidden_size=96, num_attention_heads=6)
+    traced = OnnxDecoder(export_checkpoint(tmp_path, graph="traced", accuracy_level=0), session_options(1))
+    graph = export(tmp_path).graph
+    tables = [t.name for t in graph.initializer if TOKENS["vocab_size"] in t.dims]
+    assert len(tables) == len(set(tables)) and all(name.startswith("lm_head.") for name in tables)
+    tokens = random_tokens(20)
+    read = OnnxDecoder(tmp_path / "model.onnx", session_options(1)).read(tokens)
+    np.testing.assert_allclose(read, torch_logits(model, tokens), atol=1e-3)
+    np.testing.assert_allclose(traced.read(tokens), read, atol=1e-3)
 
 
 def test_runs_without_the_library(tmp_path):

@@ -126,6 +126,9 @@ def _name_problems(checkpoint: PackedCheckpoint, skeleton: PreTrainedModel) -> I
     packed = {name for name in linears if checkpoint.config.layer(name) is not None}
     parameters = skeleton.state_dict(keep_vars=True)
     expected = {name: tensor for name, tensor in parameters.items() if name.removesuffix(".weight") not in packed}
+    if checkpoint.config.share_embedding:
+        embedding = skeleton.get_input_embeddings().weight
+        expected = {name: tensor for name, tensor in expected.items() if tensor is not embedding}
     stored = {id(tensor) for name, tensor in expected.items() if name in checkpoint.locations}
     for name, tensor in expected.items():
         if name not in checkpoint.locations and id(tensor) not in stored:  # else tied to one that is there

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config import QUANT_METHOD, NMConfig
 from ..packing.checkpoint import PackedCheckpoint
 from .convert import dense_weight, linear_layers, replace_linear, set_dense_weight
+from .embedding import NMEmbedding, check_shareable, share_embedding
 from .linear import NMLinear
 
 
@@ -64,6 +65,11 @@ class NMQuantizer(HfQuantizer):
                 linear = NMLinear(in_features, out_features, bias is not None, layer, weight.dtype, weight.device)
                 replace_linear(model, name, linear.requires_grad_(False))
 
+        if config.share_embedding:
+            output = model.get_output_embeddings()
+            check_shareable(model, output.config if isinstance(output, NMLinear) else None)
+            share_embedding(model)
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
             if isinstance(module, NMLinear):
@@ -89,7 +95,9 @@ class NMQuantizer(HfQuantizer):
         with torch.device("meta"):
             skeleton = type(model)(model.config)
         for name, module in list(model.named_modules()):
-            if isinstance(module, NMLinear):
+            if isinstance(module, NMEmbedding):
+                replace_linear(model, name, _dense_embedding(module, dtype))
+            elif isinstance(module, NMLinear):
                 replace_linear(model, name, _dense_layer(module, skeleton.get_submodule(name), dtype))
         return model
 
@@ -103,6 +111,10 @@ def _dense_layer(packed: NMLinear, skeleton: nn.Module, dtype: torch.dtype) -> n
         assert isinstance(dense.bias, torch.Tensor)
         dense.bias.copy_(packed.bias)
     return dense
+
+
+def _dense_embedding(packed: NMEmbedding, dtype: torch.dtype) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(packed.output_layer.packed.unpack().to(dtype))
 
 
 def _model_folder(model: PreTrainedModel) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..errors import NMError
 from ..packing.checkpoint import PackedCheckpoint
 from .joint_projections import join_projections
 from .operator import DOMAIN, OPERATOR, VERSION, node_attributes
+from .packed_embedding import look_up_rows
 from .stored_tensors import StoredMatrix, StoredRows, StoredTensors, empty_initializer
 
 # Those whose graph agrees with transformers' model in the tests.
@@ -46,6 +47,7 @@ MODEL_TYPES = (
     "smollm3",
     "starcoder2",
 )
+_PACKED_EMBEDDING = "PackedEmbedding"
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -92,6 +94,7 @@ def fused_graph(
     model.graph.outputs[0].shape = ir.Shape(["batch", tokens, package.config.vocab_size])  # onnxruntime-genai asks it
     model.graph.opset_imports[DOMAIN] = VERSION
     proto = ir.to_proto(model)
+    _expand_embeddings(proto.graph, parameters.embeddings)
     join_projections(proto.graph)
     return proto
 
@@ -215,6 +218,38 @@ class _StoredEmbedding(nn.Module):
         return rows if self._table.data_type == TensorProto.FLOAT else op.Cast(rows, to=ir.DataType.FLOAT)
 
 
+class _PackedEmbedding(nn.Module):
+    """Stands for the rows of a packed weight until `look_up_rows` says how they are looked up."""
+
+    def __init__(self, name: str | None, initializers: _Initializers, matrix: StoredMatrix) -> None:
+        super().__init__(name)
+        self._initializers = initializers
+        self._matrix = matrix
+
+    def forward(self, op: OpBuilder, input_ids: ir.Value) -> ir.Value:
+        inputs = [self._initializers.value(op, tensor) for tensor in self._matrix.inputs]
+        node = ir.node(_PACKED_EMBEDDING, [input_ids, *inputs], domain=DOMAIN)
+        op.builder.add_node(node)
+        node.outputs[0].dtype = ir.DataType.FLOAT
+        return node.outputs[0]
+
+
+def _expand_embeddings(graph: onnx.GraphProto, matrices: Mapping[str, StoredMatrix]) -> None:
+    """Put standard operators in the place of _PackedEmbedding's nodes; `matrices` by the name of their values."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == _PACKED_EMBEDDING:
+            tokens, *stored = node.input
+            matrix = matrices[stored[0]]
+            expanded, constants = look_up_rows(tokens, node.output[0], stored, matrix.in_features, matrix.config)
+            nodes += expanded
+            graph.initializer.extend(constants)
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 class _Parameters:
     """Gives the modules and the initializers of a mobius model the checkpoint's bytes."""
 
@@ -223,6 +258,7 @@ class _Parameters:
         self.initializers = _Initializers()
         self.accuracy_level = accuracy_level
         self.tensors: dict[str, Tensor] = {}
+        self.embeddings: dict[str, StoredMatrix] = {}
 
     def put_into(self, module: Any) -> None:
         """Replace linear layers and embeddings by those that use stored bytes, in place."""
@@ -232,7 +268,7 @@ class _Parameters:
             if type(child) is Linear:
                 new: nn.Module = self._linear(path, child)
             elif type(child) is Embedding:
-                new = _StoredEmbedding(child.name, self.initializers, self.stored.dense(self._rows(f"{path}.weight")))
+                new = self._embedding(path, child)
             else:
                 continue
             parent, _, name = path.rpartition(".")
@@ -247,6 +283,14 @@ class _Parameters:
         if level is None:
             level = 4 if matrix.config.weight_dtype in INTEGER_DTYPES else 0
         return _StoredLinear(linear.name, self.initializers, matrix, bias, level)
+
+    def _embedding(self, path: str, embedding: Embedding) -> nn.Module:
+        rows = self._rows(f"{path}.weight")
+        if not self.stored.is_packed(rows):
+            return _StoredEmbedding(embedding.name, self.initializers, self.stored.dense(rows))
+        matrix = self.stored.matrix(rows)
+        self.embeddings[matrix.inputs[0].name] = matrix
+        return _PackedEmbedding(embedding.name, self.initializers, matrix)
 
     def _rows(self, name: str) -> StoredRows:
         rows = self.stored.find(self._tensor(name))

@@ -93,6 +93,10 @@ class StoredTensors:
             else:
                 self.state_dict[name] = checkpoint.tensor(name).float()
                 self._own(name, self.state_dict[name])
+        if checkpoint.config.share_embedding:
+            names = {id(module): name for name, module in skeleton.named_modules()}
+            embedding, output = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+            self.state_dict[f"{names[id(embedding)]}.weight"] = self.state_dict[f"{names[id(output)]}.weight"]
 
     def _without_memory(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(shape, device="meta")
@@ -112,6 +116,9 @@ class StoredTensors:
         begin = tensor.storage_offset() // row
         return StoredRows(name, begin, begin + tensor.shape[0], tensor.shape == owner.shape)
 
+    def is_packed(self, rows: StoredRows) -> bool:
+        return f"{rows.name}.values" in self.checkpoint.locations
+
     def matrix(self, rows: StoredRows) -> StoredMatrix:
         """The packed weight that a linear layer multiplies by; a matrix stored as it is counts as N = M.
 
@@ -119,7 +126,7 @@ class StoredTensors:
             NMError: the matrix is stored as it is, but not as float32, float16 or bfloat16.
         """
         self.unused.discard(rows.name)
-        packed = f"{rows.name}.values" in self.checkpoint.locations
+        packed = self.is_packed(rows)
         if packed:
             in_features, config = self.checkpoint.features[rows.name][0], self.checkpoint.layer_config(rows.name)
         else:

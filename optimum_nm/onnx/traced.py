@@ -28,6 +28,7 @@ from ..nn.convert import linear_layers, replace_linear
 from ..packing.checkpoint import PackedCheckpoint
 from .external_data import CheckpointInitializers, external_initializer
 from .operator import DOMAIN, matmul_nm_node
+from .packed_embedding import look_up_rows
 
 TASKS = ("text-generation-with-past", "text-generation", "feature-extraction-with-past", "feature-extraction")
 _LINEAR, _EMBEDDING = "StoredLinear", "StoredEmbedding"
@@ -37,8 +38,9 @@ _LINEAR, _EMBEDDING = "StoredLinear", "StoredEmbedding"
 class StoredModule:
     """A linear layer or embedding, by the names its tensors have in the checkpoint.
 
-    `layer` is set for a packed linear, `weight` for what is stored as a plain matrix: `[out_features, in_features]`,
-    `[in_features, out_features]` if `transposed` (Conv1D), `[rows, width]` for an embedding.
+    `layer` is set for a packed linear and for an embedding that shares one, `weight` for what is stored as a plain
+    matrix: `[out_features, in_features]`, `[in_features, out_features]` if `transposed` (Conv1D), `[rows, width]` for
+    an embedding.
     """
 
     layer: str | None = None
@@ -165,6 +167,10 @@ def _handle_model(checkpoint: PackedCheckpoint) -> tuple[PreTrainedModel, list[S
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
+    shared: nn.Module | None = model.get_input_embeddings() if checkpoint.config.share_embedding else None
+    output = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    if shared is not None:
+        del shared.weight
     stored = _stored_names(model, checkpoint)
     modules: list[StoredModule] = []
     for name, linear in linear_layers(model).items():
@@ -179,8 +185,11 @@ def _handle_model(checkpoint: PackedCheckpoint) -> tuple[PreTrainedModel, list[S
         replace_linear(model, name, _HandleLinear(len(modules) - 1, out_features))
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
-            modules.append(StoredModule(weight=stored[f"{name}.weight"]))
-            del module.weight
+            if module is shared:
+                modules.append(StoredModule(layer=output))
+            else:
+                modules.append(StoredModule(weight=stored[f"{name}.weight"]))
+                del module.weight
             module.register_buffer("handle", torch.tensor([len(modules) - 1]))
     for name, _ in [*model.named_parameters()]:
         _set_parameter(model, name, checkpoint.tensor(stored[name]).float())
@@ -280,6 +289,12 @@ class _Rewriter:
 
     def _embedding(self, node: onnx.NodeProto, module: StoredModule) -> list[onnx.NodeProto]:
         """Rows are cast after they are looked up: a cast before would be done to the whole table."""
+        if module.layer is not None:
+            config, names = self.initializers.packed_layer(module.layer)
+            width, _ = self.initializers.checkpoint.features[module.layer]
+            expanded, constants = look_up_rows(node.input[0], node.output[0], names, width, config)
+            self.initializers.tensors |= {tensor.name: tensor for tensor in constants}
+            return expanded
         assert module.weight is not None
         table, element_type = self.initializers.dense(module.weight)
         name, output = node.name.replace(_EMBEDDING, "Gather"), node.output[0]

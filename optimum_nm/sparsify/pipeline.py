@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..config import NMConfig
 from ..errors import NMError
 from ..nn.convert import dense_weight, linear_layers, replace_linear, set_dense_weight, untie_output
+from ..nn.embedding import check_shareable, share_embedding
 from ..nn.linear import NMLinear
 from ..packing.packed_weight import PackedWeight
 from .architectures import decoder_blocks, output_layer_name
@@ -50,6 +51,8 @@ def sparsify_model(
         for name, module in linear_layers(model).items()
         if not name.startswith(f"{blocks_name}.") and config.layer(name) is not None
     }
+    if config.share_embedding:
+        _check_tied(model, config)
     for name in outside:
         untie_output(model, name)
     inputs = BlockInputs(model, blocks, windows)
@@ -66,6 +69,8 @@ def sparsify_model(
         if outside:
             summary.layers += _sparsify_outside(model, outside, inputs, config)
             bar.update()
+    if config.share_embedding:
+        share_embedding(model)
     summary.seconds = time.perf_counter() - start
     return summary
 
@@ -86,6 +91,13 @@ def resolve_names(config: NMConfig, model: PreTrainedModel) -> NMConfig:
     if all(config.is_excluded(name) for name in names):
         raise NMError(f"exclude is {config.exclude!r}, which leaves no linear layer to sparsify.")
     return config
+
+
+def _check_tied(model: PreTrainedModel, config: NMConfig) -> None:
+    output = output_layer_name(model)
+    check_shareable(model, None if output is None else config.layer(output))
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        raise NMError(f"share_embedding is set, but {type(model).__name__} does not tie its output layer; unset it.")
 
 
 def check_finite(model: nn.Module) -> None:
