@@ -63,7 +63,9 @@ def plot_checkpoint(folder: str | Path, file: str | Path) -> None:
             below += height
     right.invert_yaxis()
     right.set(xlabel="bits per weight", title="What they are stored in")
-    right.legend()
+    right.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(TENSOR_NAMES), fontsize="small", frameon=False
+    )
     temporary = file.with_name(f".{file.name}.part")
     try:
         figure.savefig(temporary, format="png", dpi=120)

@@ -125,7 +125,7 @@ def evaluate_torch(
     def logits(tokens: list[int]) -> Tensor:
         return loaded(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0]
 
-    return _evaluate(model, "torch", logits, tokenize(documents, tokenizer, limit), window, stride)
+    return score_tokens(model, "torch", logits, tokenize(documents, tokenizer, limit), window, stride)
 
 
 def evaluate_onnx(
@@ -146,7 +146,7 @@ def evaluate_onnx(
         decoder.reset()
         return torch.from_numpy(decoder.read(tokens))
 
-    return _evaluate(str(folder), "onnxruntime", logits, tokenize(documents, tokenizer, limit), window, stride)
+    return score_tokens(str(folder), "onnxruntime", logits, tokenize(documents, tokenizer, limit), window, stride)
 
 
 def format_perplexities(results: list[Perplexity]) -> str:
@@ -195,7 +195,7 @@ def _first_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def _evaluate(
+def score_tokens(
     model: str,
     runtime: str,
     logits: Callable[[list[int]], Tensor],
@@ -203,7 +203,11 @@ def _evaluate(
     window: int,
     stride: int | None,
 ) -> Perplexity:
-    """Score `tokens`; `logits` gives `[read, vocabulary]` after each token that a window reads."""
+    """Perplexity of `tokens` under `logits`, which gives `[read, vocabulary]` after each token that a window reads.
+
+    Raises:
+        NMError: as `cut_windows`, or a prediction is not finite.
+    """
     start = time.perf_counter()
     total, count = 0.0, 0
     for part in tqdm(cut_windows(len(tokens), window, stride), desc=f"Perplexity of {model}", unit="window"):

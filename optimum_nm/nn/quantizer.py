@@ -64,6 +64,8 @@ class NMQuantizer(HfQuantizer):
                 checkpoint.check_layer(name)
                 linear = NMLinear(in_features, out_features, bias is not None, layer, weight.dtype, weight.device)
                 replace_linear(model, name, linear.requires_grad_(False))
+                # some architectures initialise a child's dense weight from its parent, and there is none
+                model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
         if config.share_embedding:
             output = model.get_output_embeddings()

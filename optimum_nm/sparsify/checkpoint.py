@@ -79,7 +79,8 @@ def write_checkpoint(
     model.config.quantization_config = config.to_dict()
     model.save_pretrained(folder)
     arrange_tensors(folder)
-    tokenizer.save_pretrained(folder)
+    # A fast tokenizer is whole in tokenizer.json; the slow one's file would be a copy of a GGUF file it was read from.
+    tokenizer.save_pretrained(folder, **({"legacy_format": False} if tokenizer.is_fast else {}))
     stored = locate_tensors(folder)
     for layer in summary.layers:
         if f"{layer.name}.values" not in stored:

@@ -17,7 +17,6 @@ struct Registry {
   Registry() {
 #if defined(NM_HAVE_X86_KERNELS)
     Append(Avx512Kernels());
-    Append(Avx2Kernels());
 #endif
     Append(PortableKernels());
   }

@@ -18,6 +18,18 @@ struct Binomials {
 };
 constexpr Binomials kBinomials;
 
+struct Thresholds {
+  uint32_t value[32][32];
+  constexpr Thresholds() : value() {
+    const Binomials binomials;
+    for (int column = 0; column < 32; ++column) {
+      value[column][0] = UINT32_MAX;
+      for (int left = 1; left < 32; ++left) value[column][left] = binomials.value[column][left];
+    }
+  }
+};
+alignas(64) constexpr Thresholds kThresholds;
+
 // All tables in zero pages that cost nothing until a pattern is used: (m, n) ↦ 2^field_bits masks.
 constexpr int kLargestTable = 1 << 14;
 struct Table {
@@ -30,6 +42,8 @@ Table& TableOf(int n, int m) {
 }
 
 }  // namespace
+
+const uint32_t* WideThresholds() { return kThresholds.value[0]; }
 
 uint32_t Binomial(int columns, int chosen) { return kBinomials.value[columns][chosen]; }
 

@@ -15,6 +15,10 @@ int CodeBits(int n, int m);
 // The mask with n of m bits set whose rank in ascending order is code. A code out of range gives some mask of m bits.
 uint32_t MaskOfCode(uint32_t code, int n, int m);
 
+// For each column 0 … 31 a row of 32 thresholds: entry `left` is C(column, left), above every code for left = 0. A
+// group of 32 columns that has `left` to place below column+1 takes this column when its rank is at least the entry.
+const uint32_t* WideThresholds();
+
 // Codes of 16 columns side by side (one group of 16, two of 8, four of 4) are one field of at most 14 bits. The table
 // maps a field to its 16-bit mask; every index of field_bits bits is inside it. m at most 16, n below m.
 struct FieldTable {
