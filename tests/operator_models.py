@@ -47,13 +47,12 @@ def chain_model(
         tensors += [*initializers(packed, prefix), bias_initializer(biases[i] if biases else None, prefix)]
         names = [f"h{i}", *(tensor.name for tensor in tensors[-6:])]
         sizes = (packed.in_features, packed.out_features)
-        nodes.append(matmul_nm_node(names, f"h{i + 1}", *sizes, packed.config, accuracy_level, name=f"/layer{i}/MatMul"))
+        node_name = f"/layer{i}/MatMul"
+        nodes.append(matmul_nm_node(names, f"h{i + 1}", *sizes, packed.config, accuracy_level, name=node_name))
     inputs = [helper.make_tensor_value_info("h0", activation, ["batch", "tokens", layers[0].in_features])]
     if not constant:
         inputs += [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in tensors]
-    output = helper.make_tensor_value_info(
-        f"h{len(layers)}", activation, ["batch", "tokens", layers[-1].out_features]
-    )
+    output = helper.make_tensor_value_info(f"h{len(layers)}", activation, ["batch", "tokens", layers[-1].out_features])
     graph = helper.make_graph(nodes, "chain", inputs, [output], tensors if constant else [])
     model = helper.make_model(
         graph,

@@ -80,7 +80,7 @@ def write_checkpoint(
     model.save_pretrained(folder)
     arrange_tensors(folder)
     # A fast tokenizer is whole in tokenizer.json; the slow one's file would be a copy of a GGUF file it was read from.
-    tokenizer.save_pretrained(folder, **({"legacy_format": False} if tokenizer.is_fast else {}))
+    tokenizer.save_pretrained(folder, legacy_format=False if tokenizer.is_fast else None)
     stored = locate_tensors(folder)
     for layer in summary.layers:
         if f"{layer.name}.values" not in stored:
