@@ -41,6 +41,11 @@ Table& TableOf(int n, int m) {
   return tables[m == 4 ? 0 : m == 8 ? 1 : 2][n];
 }
 
+struct ColumnTable {
+  std::once_flag filled;
+  uint64_t columns[kLargestTable];
+};
+
 }  // namespace
 
 const uint32_t* WideThresholds() { return kThresholds.value[0]; }
@@ -82,6 +87,23 @@ FieldTable GetFieldTable(int n, int m) {
     }
   });
   return {table.masks, bits * groups};
+}
+
+const uint64_t* GetColumnTable(int m) {
+  static ColumnTable tables[3];
+  ColumnTable& table = tables[m == 4 ? 0 : m == 8 ? 1 : 2];
+  const FieldTable fields = GetFieldTable(m / 2, m);
+  std::call_once(table.filled, [&] {
+    for (uint32_t field = 0; field < uint32_t{1} << fields.field_bits; ++field) {
+      uint64_t columns = 0;
+      int count = 0;
+      for (uint32_t mask = fields.masks[field]; mask != 0 && count < 8; mask &= mask - 1, ++count) {
+        columns |= static_cast<uint64_t>(__builtin_ctz(mask)) << (8 * count);
+      }
+      table.columns[field] = columns;
+    }
+  });
+  return table.columns;
 }
 
 uint32_t ReadBits(const uint8_t* row, int64_t row_bytes, int64_t offset, int bits) {
