@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,6 @@ def add_config_options(parser: ArgumentParser) -> None:
     )
     described = field_descriptions()
     for name in FIELDS:
-        default = getattr(NMConfig(), name)
-        help_text = f"{described[name]} (default: {_as_typed(default)})".replace("%", "%%")
         if name == "overrides":
             group.add_argument(
                 "--override",
@@ -51,16 +49,26 @@ def add_config_options(parser: ArgumentParser) -> None:
                 f"{', '.join(definitions.LAYER_FIELDS)}",
             )
         elif name == "exclude":
+            help_text = _help(described[name], name)
             group.add_argument("--exclude", nargs="*", default=SUPPRESS, metavar="PATTERN", help=help_text)
         else:
-            group.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=_reader(name),
-                choices=CHOICES.get(name),
-                default=SUPPRESS,
-                metavar=_metavar(name),
-                help=help_text,
-            )
+            add_field_option(group, name, described[name])
+
+
+def add_field_option(parser: ArgumentParser | _ArgumentGroup, name: str, description: str) -> None:
+    """The option of one field of NMConfig; it is absent from the parsed arguments unless it was given."""
+    parser.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=_reader(name),
+        choices=CHOICES.get(name),
+        default=SUPPRESS,
+        metavar=_metavar(name),
+        help=_help(description, name),
+    )
+
+
+def _help(description: str, name: str) -> str:
+    return f"{description} (default: {_as_typed(getattr(NMConfig(), name))})".replace("%", "%%")
 
 
 def read_config(args: Namespace) -> NMConfig:
