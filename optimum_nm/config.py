@@ -19,7 +19,7 @@ INTEGER_DTYPES = ("int8", "int4")
 OUTLIER_DTYPES = ("float16", "float32")
 POSITION_FORMATS = ("codes", "bitmap")
 SCORES = ("magnitude", "wanda", "ria")
-SOLVERS = ("mask", "sparsegpt", "admm")
+SOLVERS = ("mask", "sparsegpt", "admm", "alps")
 EQUALIZATION_MODES = ("score", "fold")
 OUTPUT_LAYERS = ("lm_head", "embed_out")  # one layer: GPT-NeoX calls it the second in transformers 4, and in files
 VARIANCE_CORRECTIONS = ("row", "tensor", "output", "least-squares")
@@ -49,9 +49,9 @@ class NMConfig:
         outliers: `"k:block"`, weights kept in `outlier_dtype` outside the N:M budget (2507.03052 §3); None for none.
         score: importance of a weight: "magnitude", "wanda" (|w|·‖x‖₂) or "ria" (relative importance, 2402.18096).
         score_exponent: power of ‖x‖₂ in "ria".
-        solver: "mask" chooses by score and keeps the surviving weights as they are; "sparsegpt" (2301.00774) and "admm"
-            (2401.02938, with a gradual mask) choose and update them by the inputs' Gram matrix, and use neither score,
-            equalization in mode "score", nor variance correction.
+        solver: "mask" chooses by score and keeps the surviving weights as they are; "sparsegpt" (2301.00774), "admm"
+            (2401.02938, with a gradual mask) and "alps" (2406.07831) choose and update them by the inputs' Gram matrix,
+            integer values included, and use neither score, equalization in mode "score", nor variance correction.
         equalization: SmoothQuant-like α in 0…1, or None for no equalization.
         equalization_mode: "score" rescales for statistics only; "fold" rescales the weights and folds the inverse into
             the preceding norm or linear, where the architecture allows.

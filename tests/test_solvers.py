@@ -8,13 +8,14 @@ import torch
 from optimum_nm.config import LayerConfig, NMConfig
 from optimum_nm.nn.linear import NMLinear
 from optimum_nm.optimizer import NMOptimizer
+from optimum_nm.packing.packed_weight import PackedWeight
 from optimum_nm.patterns import NMPattern, OutlierPattern
-from optimum_nm.sparsify.mask import choose_masks
-from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients
+from optimum_nm.sparsify.mask import best_masks, best_support, choose_masks
+from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, quantize_solution
 
 
-def layer_config(pattern, outliers=None):
-    return LayerConfig(NMPattern.parse(pattern), OutlierPattern.parse(outliers), "float16", 128, "codes", "float16")
+def layer_config(pattern, outliers=None, dtype="float16", group_size=32):
+    return LayerConfig(NMPattern.parse(pattern), OutlierPattern.parse(outliers), dtype, group_size, "codes", "float32")
 
 
 def problem(rows=16, columns=96, rank=24, tokens=400, seed=0):
@@ -83,7 +84,7 @@ def test_solution_beats_choosing_by_score(solver, pattern, outliers):
     assert error(weight, solution.weight, gram) < 0.6 * score_solution_error(weight, gram, layer)
 
 
-@pytest.mark.parametrize(("solver", "factor"), [("sparsegpt", 1.6), ("admm", 1.25)])
+@pytest.mark.parametrize(("solver", "factor"), [("sparsegpt", 1.6), ("admm", 1.25), ("alps", 1.2)])
 def test_solution_is_near_the_exhaustive_optimum(solver, factor):
     weight, gram = problem(rows=24, columns=8, rank=4)
     solution = SOLVERS[solver](weight, gram, layer_config("2:4"))
@@ -98,7 +99,7 @@ def test_independent_inputs_have_a_known_optimum(solver):
     gram = torch.diag(gram.diagonal().mean().expand(96))
     layer = layer_config("8:16", "4:32")
     solution = SOLVERS[solver](weight, gram, layer)
-    mask, outlier_mask = choose_masks(weight.abs(), layer)
+    mask, outlier_mask = best_masks(weight.abs(), layer)
     optimum = error(weight, weight * (mask | outlier_mask), gram)
     assert optimum * 0.999 <= error(weight, solution.weight, gram) <= optimum * 1.05
     assert torch.allclose(solution.weight, weight * solution.kept, atol=1e-4)
@@ -125,11 +126,94 @@ def test_conjugate_gradients_reach_the_least_squares_values_of_a_mask():
     assert not refined[~kept].any()
 
 
+def packed_error(weight, solution, gram, layer):
+    """Of what is stored, with the scales of the solution or else with those that packing chooses."""
+    packed = PackedWeight.from_config(
+        solution.weight,
+        layer,
+        mask=solution.mask,
+        outlier_mask=solution.outlier_mask,
+        column_weight=gram.diagonal(),
+        scales=solution.scales,
+    )
+    return error(weight, packed.unpack(), gram)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("outliers", [None, "4:32"])
+@pytest.mark.parametrize(("pattern", "group_size"), [("8:16", 32), ("2:4", -1), ("16:16", 16)])
+def test_integer_values_are_what_is_packed(dtype, outliers, pattern, group_size):
+    weight, gram = problem(columns=90)
+    layer = layer_config(pattern, outliers, dtype, group_size)
+    solution = quantize_solution(weight, SOLVERS["admm"](weight, gram, layer), gram, layer)
+    packed = PackedWeight.from_config(
+        solution.weight, layer, mask=solution.mask, outlier_mask=solution.outlier_mask, scales=solution.scales
+    )
+    assert torch.equal(packed.unpack(), solution.weight)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_optimizer_runs_the_solver(solver, tiny_llama_folder, text, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "outliers", "share"), [("int4", None, 0.6), ("int4", "4:32", 0.6), ("int8", None, 1.0)]
+)
+def test_errors_fed_forward_beat_rounding_the_solution(solver, dtype, outliers, share):
+    """Of the error that rounding adds at least so much goes away."""
+    weight, gram = problem(rows=32)
+    layer = layer_config("8:16", outliers, dtype)
+    solution = SOLVERS[solver](weight, gram, layer)
+    rounded = packed_error(weight, solution, gram, layer)
+    fed_forward = packed_error(weight, quantize_solution(weight, solution, gram, layer), gram, layer)
+    exact = error(weight, solution.weight, gram)
+    assert fed_forward - exact < share * (rounded - exact)
+
+
+def test_integers_are_near_the_best_levels():
+    """Against every combination of levels of one group's survivors, with the scales found."""
+    weight, gram = problem(rows=12, columns=8, rank=4)
+    layer = layer_config("2:4", dtype="int4", group_size=8)
+    solution = quantize_solution(weight, SOLVERS["admm"](weight, gram, layer), gram, layer)
+    levels = torch.cartesian_prod(*[torch.arange(-8.0, 8.0)] * 4)
+    for row in range(len(weight)):
+        candidates = torch.zeros(len(levels), 8)
+        candidates[:, solution.mask[row]] = levels * solution.scales[row].float()
+        change = weight[row] - candidates
+        best = ((change @ gram) * change).sum(dim=1).min().item()
+        assert error(weight[row : row + 1], solution.weight[row : row + 1], gram) <= 1.1 * best
+
+
+def test_float_values_stay_as_they_are():
+    weight, gram = problem()
+    solution = SOLVERS["admm"](weight, gram, layer_config("8:16"))
+    assert quantize_solution(weight, solution, gram, layer_config("8:16")) is solution
+
+
+def test_support_with_outliers_has_the_greatest_score():
+    """Against every choice of a row of two groups of four, two of each and one more."""
+    scores = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
+    layer = layer_config("2:4", "1:8")
+    choices = [
+        set(first) | {4 + column for column in second}
+        for left, right in ((3, 2), (2, 3))
+        for first in combinations(range(4), left)
+        for second in combinations(range(4), right)
+    ]
+    kept, (mask, outlier_mask) = best_support(scores, layer), best_masks(scores, layer)
+    assert torch.equal(kept, mask | outlier_mask) and not (mask & outlier_mask).any()
+    for row, chosen in zip(scores, kept, strict=True):
+        assert row[chosen].sum() >= max(row[sorted(choice)].sum() for choice in choices) - 1e-6
+    assert (scores.masked_fill(~outlier_mask, 0).amax(dim=1) >= 0.5).float().mean() > 0.9
+    _, crossing = best_masks(scores, layer_config("2:4", "1:6"))
+    assert (crossing[:, :6].sum(dim=1) == 1).all() and (crossing[:, 6:].sum(dim=1) == 1).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", ["float16", "int4"])
+def test_optimizer_runs_the_solver(solver, dtype, tiny_llama_folder, text, tmp_path):
     errors = {}
     for name in ("mask", solver):
-        config = NMConfig(solver=name, outliers="8:128", calibration_samples=8, calibration_length=64)
+        config = NMConfig(
+            solver=name, outliers="8:128", weight_dtype=dtype, calibration_samples=8, calibration_length=64
+        )
         optimizer = NMOptimizer.from_pretrained(tiny_llama_folder)
         summary = optimizer.optimize(tmp_path / name, config, [text], progress=False)
         assert isinstance(optimizer.model.model.layers[0].mlp.up_proj, NMLinear)

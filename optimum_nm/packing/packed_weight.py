@@ -74,6 +74,7 @@ class PackedWeight:
         outlier_mask: Tensor | None = None,
         importance: Tensor | None = None,
         column_weight: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> PackedWeight:
         """Pack `weight`, keeping what is already N:M sparse exactly and otherwise the most important elements.
 
@@ -85,6 +86,7 @@ class PackedWeight:
             outlier_mask: bool, the elements kept as outliers; at most k in a block.
             importance: `[out_features, in_features]`, decides where no mask is given; |weight| by default.
             column_weight: `[in_features]`, weights of the squared error in the int4 scale search (the Gram diagonal).
+            scales: `[out_features, scale_count]`, of the integer dtypes, where they are chosen already.
 
         Raises:
             NMError: an option is out of range, the weight is not a finite matrix, a mask does not fit the pattern, or
@@ -107,6 +109,7 @@ class PackedWeight:
             outlier_mask=outlier_mask,
             importance=importance,
             column_weight=column_weight,
+            scales=scales,
         )
 
     @classmethod
@@ -119,6 +122,7 @@ class PackedWeight:
         outlier_mask: Tensor | None = None,
         importance: Tensor | None = None,
         column_weight: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> PackedWeight:
         """As `pack`, with the options of a LayerConfig."""
         if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
@@ -154,7 +158,7 @@ class PackedWeight:
             return dense if kept is None else padded.gather(1, columns)
 
         if config.weight_dtype in INTEGER_DTYPES:
-            q, scales = quantize(base, config.weight_dtype, config.group_size, column_weight)
+            q, scales = quantize(base, config.weight_dtype, config.group_size, column_weight, scales)
             tensors["values"] = pack_integers(stored(q), config.weight_dtype)
             tensors["scales"] = scales.view(torch.int16)
         else:

@@ -36,45 +36,68 @@ def expand_scales(scales: Tensor, in_features: int, group_size: int) -> Tensor:
     return scales.repeat_interleave(width, dim=1)[:, :in_features]
 
 
-def quantize(weight: Tensor, dtype: str, group_size: int, column_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    weight: Tensor,
+    dtype: str,
+    group_size: int,
+    column_weight: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Integers `q` (int16 `[rows, in_features]`) and float16 scales `[rows, scale_count]` of a float32 weight.
 
     int8 scales are absmax/127. int4 scales minimise Σⱼ h_j (w_j − s·q_j)² over a clip of absmax to 0.7…1 times
     itself, mapped to 7, or of the largest element to −8 (then the scale takes that element's opposite sign, which uses
-    all sixteen levels); h is `column_weight`, one for all columns when None.
+    all sixteen levels); h is `column_weight`, one for all columns when None. Scales that are given stay as they are.
+
+    Raises:
+        NMError: the given scales have another shape, or are not finite and different from zero.
     """
     rows, in_features = weight.shape
     width = in_features if group_size == -1 else group_size
     count = scale_count(in_features, group_size)
     groups = torch.nn.functional.pad(weight, (0, count * width - in_features)).view(rows, count, width)
+    if scales is not None:
+        if scales.shape != (rows, count) or not torch.isfinite(scales.half()).all() or (scales.half() == 0).any():
+            raise NMError(
+                f"scales are {tuple(scales.shape)}; finite ones of shape {(rows, count)}, none 0, are needed."
+            )
+        group_scales = scales.to("cpu", torch.float16).float().unsqueeze(-1)
+    else:
+        group_scales = _choose_scales(groups, dtype, column_weight)
+    q = round_to_levels(groups, group_scales, dtype)
+    return q.view(rows, -1)[:, :in_features].to(torch.int16), group_scales.squeeze(-1).to(torch.float16)
+
+
+def _choose_scales(groups: Tensor, dtype: str, column_weight: Tensor | None) -> Tensor:
+    """Scales `[rows, count, 1]` of `[rows, count, width]`."""
     absmax, where = groups.abs().max(dim=-1, keepdim=True)
     if dtype == "int8":
-        scales = _as_scale(absmax / 127)
-    else:
-        importance = torch.ones(in_features) if column_weight is None else column_weight.to(weight.dtype).cpu()
-        importance = torch.nn.functional.pad(importance, (0, count * width - in_features)).view(1, count, width)
-        signed = groups.gather(-1, where)
-        candidates = [base * ratio for ratio in _CLIP_RATIOS for base in (absmax / 7, signed / -8)]
-        scales = _best_scales(groups, candidates, importance, dtype)
-    q = _round_to_levels(groups, scales, dtype)
-    return q.view(rows, -1)[:, :in_features].to(torch.int16), scales.squeeze(-1).to(torch.float16)
+        return as_scale(absmax / 127)
+    _, count, width = groups.shape
+    importance = torch.ones(1) if column_weight is None else column_weight.to(groups.dtype).cpu()
+    if column_weight is not None:
+        importance = torch.nn.functional.pad(importance, (0, count * width - len(importance))).view(1, count, width)
+    signed = groups.gather(-1, where)
+    candidates = [base * ratio for ratio in _CLIP_RATIOS for base in (absmax / 7, signed / -8)]
+    return _best_scales(groups, candidates, importance, dtype)
 
 
-def _as_scale(scale: Tensor) -> Tensor:
+def as_scale(scale: Tensor) -> Tensor:
     """Round to float16, keeping the sign and never reaching zero or infinity."""
     limited = scale.abs().clamp(_SMALLEST_SCALE, torch.finfo(torch.float16).max)
     return torch.where(scale < 0, -limited, limited).to(torch.float16).to(torch.float32)
 
 
-def _round_to_levels(groups: Tensor, scales: Tensor, dtype: str) -> Tensor:
+def round_to_levels(groups: Tensor, scales: Tensor, dtype: str) -> Tensor:
+    """The integers nearest to values over their scales, as floats."""
     return (groups / scales).round_().clamp_(-OFFSET[dtype], LARGEST[dtype])
 
 
 def _best_scales(groups: Tensor, candidates: list[Tensor], importance: Tensor, dtype: str) -> Tensor:
     best_scale, best_error = None, None
     for candidate in candidates:
-        scale = _as_scale(candidate)
-        residual = groups - scale * _round_to_levels(groups, scale, dtype)
+        scale = as_scale(candidate)
+        residual = groups - scale * round_to_levels(groups, scale, dtype)
         error = (residual.square_() * importance).sum(dim=-1, keepdim=True)
         if best_scale is None or best_error is None:
             best_scale, best_error = scale, error

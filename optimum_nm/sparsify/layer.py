@@ -12,7 +12,7 @@ from .correct import variance_correction
 from .equalize import equalization_scale
 from .mask import choose_masks
 from .score import importance
-from .solvers import SOLVERS, Solution
+from .solvers import SOLVERS, Solution, quantize_solution
 from .statistics import InputStatistics
 from .summary import LayerSummary
 
@@ -42,6 +42,7 @@ def sparsify_layer(
     else:
         assert statistics.gram is not None
         solution = SOLVERS[config.solver](weight, statistics.gram, layer)
+        solution = quantize_solution(weight, solution, statistics.gram, layer)
     try:
         packed = PackedWeight.from_config(
             solution.weight,
@@ -49,6 +50,7 @@ def sparsify_layer(
             mask=solution.mask,
             outlier_mask=solution.outlier_mask,
             column_weight=statistics.square_sum.cpu(),
+            scales=solution.scales,
         )
     except NMError as error:
         raise NMError(f"{name}: {error}") from None

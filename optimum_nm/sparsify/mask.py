@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,40 @@ def choose_masks(
         return scores >= 0, outlier_mask
     kept, _ = select_kept(scores, layer.pattern)
     return kept.view(len(scores), -1)[:, : scores.shape[1]] & (scores >= 0), outlier_mask
+
+
+def best_support(scores: Tensor, layer: LayerConfig) -> Tensor:
+    """The weights of greatest total score that the pattern and the outliers together can hold.
+
+    A group that holds some outliers keeps N more: choosing N of every group first and the k of every block among what
+    is left puts the outliers where the groups are fullest. `choose_masks`, which follows the paper, lets the largest
+    weights be outliers, though many would have been kept anyway.
+
+    Returns:
+        Bool `[out_features, in_features]` on the CPU: base and outliers.
+    """
+    scores = scores.to("cpu", torch.float32)
+    kept, _ = choose_masks(scores, replace(layer, outliers=None))
+    if layer.outliers is None:
+        return kept
+    columns, _ = select_outliers(scores.masked_fill(kept, -1.0), layer.outliers)
+    return kept.scatter(1, columns, True)
+
+
+def best_masks(scores: Tensor, layer: LayerConfig) -> tuple[Tensor, Tensor | None]:
+    """`best_support` as base and outliers, these being the largest of each group; returns what `choose_masks` does.
+
+    Where a group can lie in two blocks, or a block has fewer than k weights beyond N of a group, by `choose_masks`.
+    """
+    scores = scores.to("cpu", torch.float32)
+    kept = best_support(scores, layer)
+    if layer.outliers is None:
+        return kept, None
+    (rows, width), (n, m) = scores.shape, (layer.pattern.n, layer.pattern.m)
+    groups = torch.nn.functional.pad(scores.masked_fill(~kept, -1.0), (0, -width % m), value=-1.0).view(rows, -1, m)
+    surplus = (groups >= 0).sum(dim=-1, keepdim=True) - n
+    ranks = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    outlier_mask = (ranks < surplus).view(rows, -1)[:, :width]
+    if layer.outliers.block % m or (outlier_mask.sum(dim=1) < layer.outliers.per_row(width)).any():
+        return choose_masks(scores, layer)
+    return kept & ~outlier_mask, outlier_mask

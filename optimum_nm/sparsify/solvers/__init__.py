@@ -1,7 +1,7 @@
 """Solvers that choose masks and new values for the survivors together, from a weight and its Gram matrix.
 
 Each is a function of one signature, listed in SOLVERS under its name in `NMConfig.solver`; "mask", which leaves the
-survivors as they are, is not among them.
+survivors as they are, is not among them. `quantize_solution` then gives what they find integer values.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ...config import LayerConfig
 from .admm import admm
+from .alps import alps
 from .conjugate_gradients import conjugate_gradients
+from .integers import quantize_solution
 from .solution import Solution
 from .sparsegpt import sparsegpt
 
 Solver = Callable[[Tensor, Tensor, LayerConfig], Solution]
-SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt, "admm": admm}
+SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt, "admm": admm, "alps": alps}
 
-__all__ = ["SOLVERS", "Solution", "Solver", "admm", "conjugate_gradients", "sparsegpt"]
+__all__ = ["SOLVERS", "Solution", "Solver", "admm", "alps", "conjugate_gradients", "quantize_solution", "sparsegpt"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ...config import LayerConfig
-from ...packing.selection import select_outliers
 from ...patterns import NMPattern
-from ..mask import choose_masks
+from ..mask import best_masks, best_support
 from .conjugate_gradients import conjugate_gradients
 from .solution import Solution, damped
 
@@ -32,17 +33,15 @@ def admm(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
     matrix = matrix.float()
     target = weight * scale
     constant = target @ matrix
-    outlier_mask = None
-    if layer.outliers is not None:
-        columns, used = select_outliers(target.abs().cpu(), layer.outliers)
-        outlier_mask = torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, columns, used)
     current, dual = target, torch.zeros_like(target)
     for round_ in range(ROUNDS):
-        if round_ < GRADUAL_ROUNDS:
+        scores = (current + dual).abs()
+        if round_ < GRADUAL_ROUNDS - 1:
             left = (1 - (round_ + 1) / GRADUAL_ROUNDS) ** 3
             n = layer.pattern.n + round((layer.pattern.m - layer.pattern.n) * left)
-            step = LayerConfig(**(vars(layer) | {"pattern": NMPattern(n, layer.pattern.m)}))
-            mask, _ = choose_masks((current + dual).abs(), step, outlier_mask)
+            kept = best_support(scores, replace(layer, pattern=NMPattern(n, layer.pattern.m))).to(weight.device)
+        elif round_ == GRADUAL_ROUNDS - 1:
+            mask, outlier_mask = best_masks(scores, layer)
             kept = (mask if outlier_mask is None else mask | outlier_mask).to(weight.device)
         pruned = (current + dual) * kept
         dual = dual + current - pruned

@@ -16,11 +16,14 @@ class Solution:
         weight: float32 `[out_features, in_features]`, zero outside the masks.
         mask: bool on the CPU, the base: at most N in a group.
         outlier_mask: bool on the CPU, disjoint from `mask`: k in a block; None without outliers.
+        scales: float16 `[out_features, scale_count]` on the CPU, of which the base's values are whole multiples; None
+            where packing is to choose them.
     """
 
     weight: Tensor
     mask: Tensor
     outlier_mask: Tensor | None
+    scales: Tensor | None = None
 
     @property
     def kept(self) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ...config import LayerConfig
-from ...packing.selection import select_outliers
-from ..mask import choose_masks
+from ..mask import best_masks, choose_masks
 from .solution import Solution, damped
 
 BLOCK = 128  # columns between updates of everything to the right; a multiple of every M
@@ -31,10 +30,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
     pivots = upper.diagonal()
     current = weight.clone()
     mask = torch.zeros(weight.shape, dtype=torch.bool)
-    outlier_mask = None
-    if layer.outliers is not None:
-        columns, used = select_outliers((weight / pivots).square().cpu(), layer.outliers)
-        outlier_mask = torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, columns, used)
+    _, outlier_mask = best_masks((weight / pivots).square(), layer)
     width, m = weight.shape[1], layer.pattern.m
     for start in range(0, width, BLOCK):
         end = min(start + BLOCK, width)
