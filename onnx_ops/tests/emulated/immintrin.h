@@ -1,0 +1,357 @@
+// The AVX-512 intrinsics that the kernels use, in plain C++, so that every machine can test those kernels: this folder
+// stands before the compiler's own headers in the nm_emulated_test build alone. Semantics are those of Intel's
+// Intrinsics Guide. Stricter than a processor in two ways: what an instruction leaves undefined reads as 0xff…, and an
+// aligned access that is not aligned aborts.
+#ifndef NM_TESTS_EMULATED_IMMINTRIN_H_
+#define NM_TESTS_EMULATED_IMMINTRIN_H_
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmath>
+
+#include "floats.h"
+
+// The kernels' one inline assembly holds no instruction; its operand would be a structure here.
+#define asm(...)
+
+template <int size>
+struct EmulatedRegister {
+  alignas(size) uint8_t bytes[size];
+};
+struct __m128i : EmulatedRegister<16> {};
+struct __m128 : EmulatedRegister<16> {};
+struct __m256i : EmulatedRegister<32> {};
+struct __m256 : EmulatedRegister<32> {};
+struct __m512i : EmulatedRegister<64> {};
+struct __m512 : EmulatedRegister<64> {};
+using __mmask16 = uint16_t;
+using __mmask32 = uint32_t;
+using __mmask64 = uint64_t;
+
+#define _MM_HINT_T0 3
+
+namespace nm_emulated {
+
+template <class Lane, class Register>
+Lane Get(const Register& v, int lane) {
+  Lane value;
+  memcpy(&value, v.bytes + lane * static_cast<int>(sizeof(Lane)), sizeof(Lane));
+  return value;
+}
+
+template <class Lane, class Register>
+void Set(Register& v, int lane, Lane value) {
+  memcpy(v.bytes + lane * static_cast<int>(sizeof(Lane)), &value, sizeof(Lane));
+}
+
+template <class Lane, class Register>
+constexpr int kLanes = sizeof(Register) / sizeof(Lane);
+
+// A register whose lane i is f(i).
+template <class Register, class Lane, class F>
+Register Fill(const F& f) {
+  Register result;
+  for (int i = 0; i < kLanes<Lane, Register>; ++i) Set<Lane>(result, i, f(i));
+  return result;
+}
+
+// f on the lanes of some registers.
+template <class Lane, class F, class Register, class... Others>
+Register Map(const F& f, const Register& first, const Others&... others) {
+  return Fill<Register, Lane>(
+      [&](int i) { return static_cast<Lane>(f(Get<Lane>(first, i), Get<Lane>(others, i)...)); });
+}
+
+// f on the lanes of b and c where the mask is set, the lane of a elsewhere.
+template <class Lane, class F, class Register>
+Register MapMasked(uint64_t mask, const F& f, const Register& a, const Register& b, const Register& c) {
+  return Fill<Register, Lane>([&](int i) {
+    return (mask >> i & 1) != 0 ? static_cast<Lane>(f(Get<Lane>(b, i), Get<Lane>(c, i))) : Get<Lane>(a, i);
+  });
+}
+
+template <class Lane, class F, class Register>
+uint16_t Compare(const F& f, const Register& a, const Register& b) {
+  uint16_t mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<uint16_t>(f(Get<Lane>(a, i), Get<Lane>(b, i)) << i);
+  return mask;
+}
+
+template <class Register>
+Register Load(const void* p) {
+  Register result;
+  memcpy(result.bytes, p, sizeof(Register));
+  return result;
+}
+
+// Reads nothing but the lanes whose bit is set; the others are zero.
+template <class Register, class Lane>
+Register LoadMasked(uint64_t mask, const void* p) {
+  Register result = {};
+  for (int i = 0; i < kLanes<Lane, Register>; ++i) {
+    if ((mask >> i & 1) == 0) continue;
+    memcpy(result.bytes + i * static_cast<int>(sizeof(Lane)),
+           static_cast<const uint8_t*>(p) + i * static_cast<int>(sizeof(Lane)), sizeof(Lane));
+  }
+  return result;
+}
+
+template <class Register>
+const void* Aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(Register) == 0) return p;
+  fprintf(stderr, "an aligned access of %zu bytes at %p\n", sizeof(Register), p);
+  abort();
+}
+
+template <class Register>
+void Store(void* p, const Register& v) {
+  memcpy(p, v.bytes, sizeof(Register));
+}
+
+// Lanes of a, in order, to the places whose bit is set.
+template <class Lane, class Register>
+Register Expand(const Register& source, uint64_t mask, const Register& a) {
+  int next = 0;
+  return Fill<Register, Lane>(
+      [&](int i) { return Get<Lane>((mask >> i & 1) != 0 ? a : source, (mask >> i & 1) != 0 ? next++ : i); });
+}
+
+// The low bytes of another register; where it is the shorter one, the rest is undefined.
+template <class To, class From>
+To Cast(const From& v) {
+  To result;
+  memset(result.bytes, 0xff, sizeof(To));
+  memcpy(result.bytes, v.bytes, sizeof(From) < sizeof(To) ? sizeof(From) : sizeof(To));
+  return result;
+}
+
+}  // namespace nm_emulated
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Scalars.
+
+inline uint64_t _bzhi_u64(uint64_t value, uint64_t index) {
+  return (index & 0xff) < 64 ? value & ((uint64_t{1} << (index & 0xff)) - 1) : value;
+}
+inline int _mm_popcnt_u32(uint32_t value) { return __builtin_popcount(value); }
+inline void _mm_prefetch(const void*, int) {}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory.
+
+inline __m128i _mm_maskz_loadu_epi8(__mmask16 k, const void* p) {
+  return nm_emulated::LoadMasked<__m128i, uint8_t>(k, p);
+}
+inline void _mm_store_si128(void* p, const __m128i& v) {
+  nm_emulated::Aligned<__m128i>(p);
+  nm_emulated::Store(p, v);
+}
+
+inline __m256 _mm256_loadu_ps(const void* p) { return nm_emulated::Load<__m256>(p); }
+inline __m256i _mm256_loadu_si256(const void* p) { return nm_emulated::Load<__m256i>(p); }
+inline __m256i _mm256_maskz_loadu_epi8(__mmask32 k, const void* p) {
+  return nm_emulated::LoadMasked<__m256i, uint8_t>(k, p);
+}
+inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
+  return nm_emulated::LoadMasked<__m256i, uint16_t>(k, p);
+}
+inline void _mm256_storeu_si256(void* p, const __m256i& v) { nm_emulated::Store(p, v); }
+
+inline __m512 _mm512_load_ps(const void* p) { return nm_emulated::Load<__m512>(nm_emulated::Aligned<__m512>(p)); }
+inline __m512 _mm512_loadu_ps(const void* p) { return nm_emulated::Load<__m512>(p); }
+inline __m512 _mm512_maskz_loadu_ps(__mmask16 k, const void* p) { return nm_emulated::LoadMasked<__m512, float>(k, p); }
+inline __m512i _mm512_load_si512(const void* p) { return nm_emulated::Load<__m512i>(nm_emulated::Aligned<__m512i>(p)); }
+inline __m512i _mm512_loadu_si512(const void* p) { return nm_emulated::Load<__m512i>(p); }
+inline __m512i _mm512_maskz_loadu_epi8(__mmask64 k, const void* p) {
+  return nm_emulated::LoadMasked<__m512i, uint8_t>(k, p);
+}
+inline __m512i _mm512_maskz_loadu_epi16(__mmask32 k, const void* p) {
+  return nm_emulated::LoadMasked<__m512i, uint16_t>(k, p);
+}
+inline __m512i _mm512_maskz_loadu_epi32(__mmask16 k, const void* p) {
+  return nm_emulated::LoadMasked<__m512i, uint32_t>(k, p);
+}
+inline __m512 _mm512_mask_i32gather_ps(const __m512& source, __mmask16 k, const __m512i& index, const void* base,
+                                       int scale) {
+  return nm_emulated::Fill<__m512, float>([&](int i) {
+    if ((k >> i & 1) == 0) return nm_emulated::Get<float>(source, i);
+    float value;
+    memcpy(&value, static_cast<const uint8_t*>(base) + int64_t{nm_emulated::Get<int32_t>(index, i)} * scale, 4);
+    return value;
+  });
+}
+inline void _mm512_store_ps(void* p, const __m512& v) {
+  nm_emulated::Aligned<__m512>(p);
+  nm_emulated::Store(p, v);
+}
+inline void _mm512_store_si512(void* p, const __m512i& v) {
+  nm_emulated::Aligned<__m512i>(p);
+  nm_emulated::Store(p, v);
+}
+inline void _mm512_storeu_si512(void* p, const __m512i& v) { nm_emulated::Store(p, v); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Constants, casts and pieces.
+
+inline __m256i _mm256_set1_epi8(char x) {
+  return nm_emulated::Fill<__m256i, char>([x](int) { return x; });
+}
+inline __m512i _mm512_set1_epi8(char x) {
+  return nm_emulated::Fill<__m512i, char>([x](int) { return x; });
+}
+inline __m512i _mm512_set1_epi32(int x) {
+  return nm_emulated::Fill<__m512i, int>([x](int) { return x; });
+}
+inline __m512 _mm512_set1_ps(float x) {
+  return nm_emulated::Fill<__m512, float>([x](int) { return x; });
+}
+inline __m512i _mm512_setzero_si512() { return _mm512_set1_epi32(0); }
+inline __m512 _mm512_setzero_ps() { return _mm512_set1_ps(0); }
+template <class... Ints>
+__m512i _mm512_set_epi32(Ints... from_the_highest) {
+  static_assert(sizeof...(Ints) == 16, "one a lane");
+  const int lanes[] = {from_the_highest...};
+  return nm_emulated::Fill<__m512i, int>([&](int i) { return lanes[15 - i]; });
+}
+
+inline __m512 _mm512_castps256_ps512(const __m256& v) { return nm_emulated::Cast<__m512>(v); }
+inline __m512i _mm512_castsi256_si512(const __m256i& v) { return nm_emulated::Cast<__m512i>(v); }
+inline __m256i _mm512_castsi512_si256(const __m512i& v) { return nm_emulated::Cast<__m256i>(v); }
+inline __m512 _mm512_castsi512_ps(const __m512i& v) { return nm_emulated::Cast<__m512>(v); }
+inline __m128 _mm_castsi128_ps(const __m128i& v) { return nm_emulated::Cast<__m128>(v); }
+inline long long _mm_cvtsi128_si64(const __m128i& v) { return nm_emulated::Get<long long>(v, 0); }
+inline __m128i _mm_cvtsi32_si128(int x) {
+  return nm_emulated::Fill<__m128i, int>([x](int i) { return i == 0 ? x : 0; });
+}
+inline float _mm_cvtss_f32(const __m128& v) { return nm_emulated::Get<float>(v, 0); }
+inline float _mm512_cvtss_f32(const __m512& v) { return nm_emulated::Get<float>(v, 0); }
+inline __m256i _mm512_extracti64x4_epi64(const __m512i& v, int half) {
+  return nm_emulated::Fill<__m256i, int64_t>([&](int i) { return nm_emulated::Get<int64_t>(v, 4 * (half & 1) + i); });
+}
+inline __m512i _mm512_inserti64x4(__m512i v, const __m256i& piece, int half) {
+  memcpy(v.bytes + 32 * (half & 1), piece.bytes, 32);
+  return v;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Permutations.
+
+inline __m512 _mm512_mask_expand_ps(const __m512& source, __mmask16 k, const __m512& a) {
+  return nm_emulated::Expand<float>(source, k, a);
+}
+inline __m512i _mm512_mask_expand_epi8(const __m512i& source, __mmask64 k, const __m512i& a) {
+  return nm_emulated::Expand<uint8_t>(source, k, a);
+}
+inline __m512i _mm512_mask_expand_epi16(const __m512i& source, __mmask32 k, const __m512i& a) {
+  return nm_emulated::Expand<uint16_t>(source, k, a);
+}
+inline __m512i _mm512_permutex2var_epi32(const __m512i& a, const __m512i& index, const __m512i& b) {
+  return nm_emulated::Map<uint32_t>(
+      [&](uint32_t i) { return nm_emulated::Get<uint32_t>((i & 16) != 0 ? b : a, static_cast<int>(i & 15)); }, index);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Integers. Sums and products wrap.
+
+inline __m256i _mm256_and_si256(const __m256i& a, const __m256i& b) {
+  return nm_emulated::Map<uint64_t>([](uint64_t x, uint64_t y) { return x & y; }, a, b);
+}
+inline __m256i _mm256_srli_epi16(const __m256i& a, int count) {
+  return nm_emulated::Map<uint16_t>([=](uint16_t x) { return count > 15 ? 0 : x >> count; }, a);
+}
+inline __m512i _mm512_and_si512(const __m512i& a, const __m512i& b) {
+  return nm_emulated::Map<uint64_t>([](uint64_t x, uint64_t y) { return x & y; }, a, b);
+}
+inline __m512i _mm512_slli_epi32(const __m512i& a, unsigned count) {
+  return nm_emulated::Map<uint32_t>([=](uint32_t x) { return count > 31 ? 0 : x << count; }, a);
+}
+inline __m512i _mm512_srai_epi32(const __m512i& a, unsigned count) {
+  return nm_emulated::Map<int32_t>([=](int32_t x) { return x >> (count > 31 ? 31 : count); }, a);
+}
+inline __m512i _mm512_add_epi32(const __m512i& a, const __m512i& b) {
+  return nm_emulated::Map<uint32_t>([](uint32_t x, uint32_t y) { return x + y; }, a, b);
+}
+inline __m512i _mm512_sub_epi8(const __m512i& a, const __m512i& b) {
+  return nm_emulated::Map<uint8_t>([](uint8_t x, uint8_t y) { return x - y; }, a, b);
+}
+inline __m512i _mm512_mullo_epi32(const __m512i& a, const __m512i& b) {
+  return nm_emulated::Map<uint32_t>([](uint32_t x, uint32_t y) { return x * y; }, a, b);
+}
+inline __m512i _mm512_max_epu32(const __m512i& a, const __m512i& b) {
+  return nm_emulated::Map<uint32_t>([](uint32_t x, uint32_t y) { return x > y ? x : y; }, a, b);
+}
+inline uint32_t _mm512_reduce_max_epu32(const __m512i& a) {
+  uint32_t most = 0;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t lane = nm_emulated::Get<uint32_t>(a, i);
+    most = lane > most ? lane : most;
+  }
+  return most;
+}
+inline __m512i _mm512_mask_sub_epi32(const __m512i& source, __mmask16 k, const __m512i& a, const __m512i& b) {
+  return nm_emulated::MapMasked<uint32_t>(k, [](uint32_t x, uint32_t y) { return x - y; }, source, a, b);
+}
+inline __m512i _mm512_mask_or_epi32(const __m512i& source, __mmask16 k, const __m512i& a, const __m512i& b) {
+  return nm_emulated::MapMasked<uint32_t>(k, [](uint32_t x, uint32_t y) { return x | y; }, source, a, b);
+}
+inline __mmask16 _mm512_cmpge_epu32_mask(const __m512i& a, const __m512i& b) {
+  return nm_emulated::Compare<uint32_t>([](uint32_t x, uint32_t y) { return x >= y; }, a, b);
+}
+inline __mmask16 _mm512_cmplt_epi32_mask(const __m512i& a, const __m512i& b) {
+  return nm_emulated::Compare<int32_t>([](int32_t x, int32_t y) { return x < y; }, a, b);
+}
+// Each lane plus four products of an unsigned byte of a with a signed byte of b.
+inline __m512i _mm512_dpbusd_epi32(const __m512i& source, const __m512i& a, const __m512i& b) {
+  return nm_emulated::Fill<__m512i, uint32_t>([&](int i) {
+    int32_t sum = 0;
+    for (int j = 4 * i; j < 4 * i + 4; ++j) sum += nm_emulated::Get<uint8_t>(a, j) * nm_emulated::Get<int8_t>(b, j);
+    return nm_emulated::Get<uint32_t>(source, i) + static_cast<uint32_t>(sum);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Conversions and floating point.
+
+inline __m512i _mm512_cvtepu8_epi32(const __m128i& a) {
+  return nm_emulated::Fill<__m512i, int32_t>([&](int i) { return int32_t{nm_emulated::Get<uint8_t>(a, i)}; });
+}
+inline __m128i _mm512_cvtsepi32_epi8(const __m512i& a) {
+  return nm_emulated::Fill<__m128i, int8_t>([&](int i) {
+    const int32_t x = nm_emulated::Get<int32_t>(a, i);
+    return static_cast<int8_t>(x < -128 ? -128 : x > 127 ? 127 : x);
+  });
+}
+inline __m512 _mm512_cvtepi32_ps(const __m512i& a) {
+  return nm_emulated::Fill<__m512, float>([&](int i) { return static_cast<float>(nm_emulated::Get<int32_t>(a, i)); });
+}
+inline __m512i _mm512_cvtps_epi32(const __m512& a) {  // to the nearest, ties to even; what does not fit is INT32_MIN
+  return nm_emulated::Fill<__m512i, int32_t>([&](int i) {
+    const float rounded = std::nearbyint(nm_emulated::Get<float>(a, i));
+    return rounded >= -0x1p31f && rounded < 0x1p31f ? static_cast<int32_t>(rounded) : INT32_MIN;
+  });
+}
+inline __m512 _mm512_cvtph_ps(const __m256i& a) {
+  return nm_emulated::Fill<__m512, float>([&](int i) { return nm::FloatOfHalf(nm_emulated::Get<uint16_t>(a, i)); });
+}
+inline __m512 _mm512_add_ps(const __m512& a, const __m512& b) {
+  return nm_emulated::Map<float>([](float x, float y) { return x + y; }, a, b);
+}
+inline __m512 _mm512_mul_ps(const __m512& a, const __m512& b) {
+  return nm_emulated::Map<float>([](float x, float y) { return x * y; }, a, b);
+}
+inline __m512 _mm512_fmadd_ps(const __m512& a, const __m512& b, const __m512& c) {
+  return nm_emulated::Map<float>([](float x, float y, float z) { return std::fma(x, y, z); }, a, b, c);
+}
+inline float _mm512_reduce_add_ps(const __m512& a) {
+  float sums[16];
+  nm_emulated::Store(sums, a);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+
+#endif  // NM_TESTS_EMULATED_IMMINTRIN_H_
