@@ -9,6 +9,7 @@ from optimum_nm.onnx.fallback import add_fallback
 from optimum_nm.onnx.operator import DOMAIN, VERSION, matmul_nm_node, packed_inputs
 from optimum_nm.packing.packed_weight import PackedWeight
 
+IR_VERSION = 8
 NUMPY_BITS = {
     TensorProto.FLOAT: np.int32,
     TensorProto.FLOAT16: np.int16,
@@ -38,10 +39,22 @@ def bias_initializer(bias, prefix=""):
 
 
 def chain_model(
-    layers, biases=None, opset=17, activation=TensorProto.FLOAT, accuracy_level=0, fallback=False, constant=True
+    layers,
+    biases=None,
+    opset=17,
+    activation=TensorProto.FLOAT,
+    accuracy_level=0,
+    fallback=False,
+    constant=True,
+    leading=("batch", "tokens"),
 ):
-    """A model x [..., K₁] → MatMulNM of each PackedWeight in turn → y; tensors are graph inputs if not `constant`."""
-    nodes, tensors = [], []
+    """A model x [*leading, K₁] → MatMulNM of each PackedWeight in turn → y, both float32.
+
+    Args:
+        activation: type that x is cast to before the first node, and that the last one's output is cast back from.
+        constant: whether the packed tensors are initializers; else they are graph inputs.
+    """
+    nodes, tensors = [helper.make_node("Cast", ["x"], ["h0"], to=activation)], []
     for i, packed in enumerate(layers):
         prefix = f"layer{i}."
         tensors += [*initializers(packed, prefix), bias_initializer(biases[i] if biases else None, prefix)]
@@ -49,15 +62,16 @@ def chain_model(
         sizes = (packed.in_features, packed.out_features)
         node_name = f"/layer{i}/MatMul"
         nodes.append(matmul_nm_node(names, f"h{i + 1}", *sizes, packed.config, accuracy_level, name=node_name))
-    inputs = [helper.make_tensor_value_info("h0", activation, ["batch", "tokens", layers[0].in_features])]
+    nodes.append(helper.make_node("Cast", [f"h{len(layers)}"], ["y"], to=TensorProto.FLOAT))
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [*leading, layers[0].in_features])]
     if not constant:
         inputs += [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in tensors]
-    output = helper.make_tensor_value_info(f"h{len(layers)}", activation, ["batch", "tokens", layers[-1].out_features])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [*leading, layers[-1].out_features])
     graph = helper.make_graph(nodes, "chain", inputs, [output], tensors if constant else [])
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
-        ir_version=8,
+        ir_version=IR_VERSION,
     )
     if fallback:
         add_fallback(model)
@@ -76,4 +90,6 @@ def reference(layers, x, biases=None):
 
 
 def relative_error(y, expected):
-    return np.abs(y - expected).max() / np.abs(expected).max()
+    """Largest difference beside the largest element; 0 for empty arrays."""
+    assert y.shape == expected.shape, (y.shape, expected.shape)
+    return np.abs(y - expected).max(initial=0) / max(np.abs(expected).max(initial=0), 1e-30)
