@@ -10,7 +10,8 @@ namespace declared_here {
 
 #define NM_SAME_OFFSET(type, member) \
   static_assert(offsetof(declared_here::type, member) == offsetof(::type, member), #type " " #member)
-NM_SAME_OFFSET(OrtApi, CreateStatus);
+#define NM_SAME_API_OFFSET(member, index) NM_SAME_OFFSET(OrtApi, member);
+NM_ORT_API_MEMBERS(NM_SAME_API_OFFSET)
 NM_SAME_OFFSET(OrtCustomOp, version);
 NM_SAME_OFFSET(OrtCustomOp, CreateKernel);
 NM_SAME_OFFSET(OrtCustomOp, GetName);

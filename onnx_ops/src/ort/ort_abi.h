@@ -120,50 +120,53 @@ struct OrtApi {
                                           size_t num_batch, void* usr_data);
 };
 
-#define NM_ORT_API_INDEX(member, index) static_assert(offsetof(OrtApi, member) == (index) * sizeof(void*), "")
-NM_ORT_API_INDEX(CreateStatus, 0);
-NM_ORT_API_INDEX(GetErrorMessage, 2);
-NM_ORT_API_INDEX(CreateEnv, 3);
-NM_ORT_API_INDEX(CreateSession, 7);
-NM_ORT_API_INDEX(Run, 9);
-NM_ORT_API_INDEX(CreateSessionOptions, 10);
-NM_ORT_API_INDEX(SetIntraOpNumThreads, 24);
-NM_ORT_API_INDEX(CreateCustomOpDomain, 26);
-NM_ORT_API_INDEX(CustomOpDomain_Add, 27);
-NM_ORT_API_INDEX(AddCustomOpDomain, 28);
-NM_ORT_API_INDEX(SessionGetInputCount, 30);
-NM_ORT_API_INDEX(SessionGetOutputCount, 31);
-NM_ORT_API_INDEX(SessionGetInputTypeInfo, 33);
-NM_ORT_API_INDEX(SessionGetInputName, 36);
-NM_ORT_API_INDEX(SessionGetOutputName, 37);
-NM_ORT_API_INDEX(CreateTensorAsOrtValue, 48);
-NM_ORT_API_INDEX(GetTensorMutableData, 51);
-NM_ORT_API_INDEX(CastTypeInfoToTensorInfo, 55);
-NM_ORT_API_INDEX(GetTensorElementType, 60);
-NM_ORT_API_INDEX(GetDimensionsCount, 61);
-NM_ORT_API_INDEX(GetDimensions, 62);
-NM_ORT_API_INDEX(GetTensorShapeElementCount, 64);
-NM_ORT_API_INDEX(GetTensorTypeAndShape, 65);
-NM_ORT_API_INDEX(AllocatorFree, 76);
-NM_ORT_API_INDEX(GetAllocatorWithDefaultOptions, 78);
-NM_ORT_API_INDEX(KernelInfoGetAttribute_int64, 86);
-NM_ORT_API_INDEX(KernelInfoGetAttribute_string, 87);
-NM_ORT_API_INDEX(KernelContext_GetInputCount, 88);
-NM_ORT_API_INDEX(KernelContext_GetInput, 90);
-NM_ORT_API_INDEX(KernelContext_GetOutput, 91);
-NM_ORT_API_INDEX(ReleaseEnv, 92);
-NM_ORT_API_INDEX(ReleaseStatus, 93);
-NM_ORT_API_INDEX(ReleaseSession, 95);
-NM_ORT_API_INDEX(ReleaseValue, 96);
-NM_ORT_API_INDEX(ReleaseTypeInfo, 98);
-NM_ORT_API_INDEX(ReleaseTensorTypeAndShapeInfo, 99);
-NM_ORT_API_INDEX(ReleaseSessionOptions, 100);
-NM_ORT_API_INDEX(ReleaseCustomOpDomain, 101);
-NM_ORT_API_INDEX(RegisterCustomOpsLibrary_V2, 228);
-NM_ORT_API_INDEX(KernelInfo_GetInputCount, 230);
-NM_ORT_API_INDEX(KernelInfo_GetNodeName, 244);
-NM_ORT_API_INDEX(KernelInfoGetConstantInput_tensor, 249);
-NM_ORT_API_INDEX(KernelContext_ParallelFor, 274);
+// Every member declared here, with its place in the table.
+#define NM_ORT_API_MEMBERS(X)               \
+  X(CreateStatus, 0)                        \
+  X(GetErrorMessage, 2)                     \
+  X(CreateEnv, 3)                           \
+  X(CreateSession, 7)                       \
+  X(Run, 9)                                 \
+  X(CreateSessionOptions, 10)               \
+  X(SetIntraOpNumThreads, 24)               \
+  X(CreateCustomOpDomain, 26)               \
+  X(CustomOpDomain_Add, 27)                 \
+  X(AddCustomOpDomain, 28)                  \
+  X(SessionGetInputCount, 30)               \
+  X(SessionGetOutputCount, 31)              \
+  X(SessionGetInputTypeInfo, 33)            \
+  X(SessionGetInputName, 36)                \
+  X(SessionGetOutputName, 37)               \
+  X(CreateTensorAsOrtValue, 48)             \
+  X(GetTensorMutableData, 51)               \
+  X(CastTypeInfoToTensorInfo, 55)           \
+  X(GetTensorElementType, 60)               \
+  X(GetDimensionsCount, 61)                 \
+  X(GetDimensions, 62)                      \
+  X(GetTensorShapeElementCount, 64)         \
+  X(GetTensorTypeAndShape, 65)              \
+  X(AllocatorFree, 76)                      \
+  X(GetAllocatorWithDefaultOptions, 78)     \
+  X(KernelInfoGetAttribute_int64, 86)       \
+  X(KernelInfoGetAttribute_string, 87)      \
+  X(KernelContext_GetInputCount, 88)        \
+  X(KernelContext_GetInput, 90)             \
+  X(KernelContext_GetOutput, 91)            \
+  X(ReleaseEnv, 92)                         \
+  X(ReleaseStatus, 93)                      \
+  X(ReleaseSession, 95)                     \
+  X(ReleaseValue, 96)                       \
+  X(ReleaseTypeInfo, 98)                    \
+  X(ReleaseTensorTypeAndShapeInfo, 99)      \
+  X(ReleaseSessionOptions, 100)             \
+  X(ReleaseCustomOpDomain, 101)             \
+  X(RegisterCustomOpsLibrary_V2, 228)       \
+  X(KernelInfo_GetInputCount, 230)          \
+  X(KernelInfo_GetNodeName, 244)            \
+  X(KernelInfoGetConstantInput_tensor, 249) \
+  X(KernelContext_ParallelFor, 274)
+#define NM_ORT_API_INDEX(member, index) static_assert(offsetof(OrtApi, member) == (index) * sizeof(void*), #member);
+NM_ORT_API_MEMBERS(NM_ORT_API_INDEX)
 #undef NM_ORT_API_INDEX
 
 struct OrtCustomOp {
