@@ -106,7 +106,8 @@ def _no_fused_graph(folder: Path, task: str, opset: int | None) -> str:
         return "there is no fused graph without mobius-onnx, which `pip install optimum-nm[genai]` brings."
     from .fused import no_fused_graph
 
-    return no_fused_graph(open_checkpoint(folder)) or ""
+    open_checkpoint(folder)  # what is no checkpoint is refused as such
+    return no_fused_graph(folder) or ""
 
 
 def _export_traced(folder: Path, task: str, accuracy_level: int | None, opset: int | None, fallback: bool) -> Path:

@@ -6,9 +6,11 @@ Nothing is traced and no weight is read: the model's configuration gives the gra
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mobius
@@ -65,29 +67,14 @@ def fused_graph(
     Raises:
         NMError: the model has no fused graph (`no_fused_graph`), or a tensor is missing or not what it should be.
     """
-    reason = no_fused_graph(checkpoint)
-    if reason is not None:
-        raise NMError(reason)
-    model_type = checkpoint.model_config["model_type"]
-    module_class = mobius.registry.get(model_type)
+    _refuse_without_graph(checkpoint.folder)
     parameters = _Parameters(checkpoint, accuracy_level)
 
-    def construct(config: Any) -> nn.Module:
-        module = module_class(_corrected(config, checkpoint.model_config))
+    def use_stored_bytes(module: Any) -> None:
         parameters.put_into(module)
         module.lm_head.last_token_only = last_logits
-        return module
 
-    construct.config_class = getattr(module_class, "config_class", None)  # type: ignore[attr-defined]
-
-    with _quiet():
-        package = mobius.build(
-            str(checkpoint.folder),
-            module_class=construct,  # type: ignore[arg-type]  # it is only ever called
-            dtype="float32",
-            execution_provider="cpu",
-            load_weights=False,
-        )
+    package = _build(checkpoint.folder, use_stored_bytes, load_weights=False)
     model = package["model"]
     parameters.fill(model)
     tokens = 1 if last_logits else "sequence_len"
@@ -99,9 +86,46 @@ def fused_graph(
     return proto
 
 
-def no_fused_graph(checkpoint: PackedCheckpoint) -> str | None:
-    """Why the model has no fused graph, in a sentence: GroupQueryAttention and mobius leave some configurations out."""
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+def dense_fused_graph(folder: Path) -> ir.Model:
+    """The same graph of a dense checkpoint folder, with MatMul and its weights: what packed models are compared with.
+
+    Raises:
+        NMError: the model has no fused graph (`no_fused_graph`).
+    """
+    _refuse_without_graph(folder)
+    return _build(folder, lambda module: None, load_weights=True)["model"]
+
+
+def _build(folder: Path, prepare: Callable[[Any], None], load_weights: bool) -> Any:
+    """What mobius makes of a folder with config.json; `prepare` changes the modules that the graph is made of."""
+    model_config = json.loads((folder / "config.json").read_text())
+    module_class = mobius.registry.get(model_config["model_type"])
+
+    def construct(config: Any) -> nn.Module:
+        module = module_class(_corrected(config, model_config))
+        prepare(module)
+        return module
+
+    construct.config_class = getattr(module_class, "config_class", None)  # type: ignore[attr-defined]
+    with _quiet():
+        return mobius.build(
+            str(folder),
+            module_class=construct,  # type: ignore[arg-type]  # it is only ever called
+            dtype="float32",
+            execution_provider="cpu",
+            load_weights=load_weights,
+        )
+
+
+def _refuse_without_graph(folder: Path) -> None:
+    reason = no_fused_graph(folder)
+    if reason is not None:
+        raise NMError(reason)
+
+
+def no_fused_graph(folder: Path) -> str | None:
+    """Why a folder's model has no fused graph, in a sentence: GroupQueryAttention and mobius leave some out."""
+    config = AutoConfig.from_pretrained(folder)
     if config.model_type not in MODEL_TYPES:
         return f"model type {config.model_type!r} has no fused graph; it must be one of {', '.join(MODEL_TYPES)}."
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
