@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NMError
+from .finetune_config import FinetuneConfig
 from .patterns import NMPattern, OutlierPattern
 
 FORMAT_VERSION = 1
@@ -56,7 +57,8 @@ class NMConfig:
         equalization_mode: "score" rescales for statistics only; "fold" rescales the weights and folds the inverse into
             the preceding norm or linear, where the architecture allows.
         variance_correction: "row", "tensor", "output", "least-squares" or None.
-        finetune: settings of blockwise fine-tuning; None for none.
+        finetune: settings of blockwise fine-tuning, fields of FinetuneConfig by name ({} for its defaults): epochs,
+            learning_rate, weight_decay, batch_size, schedule, targets, train_norms, holdout; None for none.
         weight_dtype: stored values: float32, float16, bfloat16, int8, int4.
         group_size: dense columns per float16 scale (int8, int4), a multiple of M; -1 or "row" for one per row.
         positions: "codes" (⌈log2 C(M,N)⌉ bits a group) or "bitmap" (M bits a group).
@@ -103,7 +105,7 @@ class NMConfig:
         if self.equalization is not None and not 0 <= self.equalization <= 1:
             raise NMError(f"equalization is {self.equalization}; it must be between 0 and 1, or None.")
         if self.finetune is not None:
-            raise NMError("finetune is set; blockwise fine-tuning is not available in this version, use None.")
+            self.finetune = dataclasses.asdict(FinetuneConfig.from_dict(self.finetune))
         for name in ("calibration_samples", "calibration_length"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise NMError(f"{name} is {getattr(self, name)!r}; it must be a whole number above 0.")
@@ -131,6 +133,11 @@ class NMConfig:
         values["outliers"] = OutlierPattern.parse(values["outliers"])
         values["group_size"] = check_group_size(values["group_size"], values["pattern"])
         return LayerConfig(**values)
+
+    @property
+    def finetune_settings(self) -> FinetuneConfig | None:
+        """`finetune` with its types."""
+        return None if self.finetune is None else FinetuneConfig.from_dict(self.finetune)
 
     def is_excluded(self, name: str) -> bool:
         if name in OUTPUT_LAYERS and OUTPUT_LAYERS[0] in self.exclude:

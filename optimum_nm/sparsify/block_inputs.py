@@ -29,14 +29,17 @@ class BlockInputs:
         model: in eval mode; its blocks may still change afterwards.
         blocks: as `decoder_blocks` finds them.
         windows: token ids, int64 `[samples, length]`, on the CPU.
+        batch_size: windows per batch; by default as many as make TOKENS_PER_BATCH.
 
     Attributes:
         hidden: per batch `[batch, length, hidden_size]`, at first the inputs of block 0.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor, batch_size: int | None = None
+    ) -> None:
         self.model, self.blocks = model, blocks
-        self.batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+        self.batches = windows.split(batch_size or max(1, TOKENS_PER_BATCH // windows.shape[1]))
         self.hidden: list[Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._forms = self._output_forms(windows[:1])
@@ -47,13 +50,22 @@ class BlockInputs:
                 self._forward(batch)
             self._calls.append(_share(calls, known))
 
-    def run(self, index: int, batch: int) -> Tensor:
-        """Output of block `index` for one batch of the hidden states, `[batch, length, hidden_size]`."""
+    def run(
+        self, index: int, batch: int, hidden: Tensor | None = None, parameters: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Output of block `index` for one batch, `[batch, length, hidden_size]`.
+
+        Args:
+            hidden: the block's input; `self.hidden[batch]` by default.
+            parameters: by name inside the block, to be used in place of its own.
+        """
         args, kwargs = self._calls[batch][index]
-        hidden = self.hidden[batch]
+        hidden = self.hidden[batch] if hidden is None else hidden
         if "hidden_states" in kwargs:
-            return _hidden_states(self.blocks[index](*args, **(kwargs | {"hidden_states": hidden})))
-        return _hidden_states(self.blocks[index](hidden, *args, **kwargs))
+            kwargs = kwargs | {"hidden_states": hidden}
+        else:
+            args = (hidden, *args)
+        return _hidden_states(torch.func.functional_call(self.blocks[index], parameters or {}, args, kwargs))
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the output of block `index`.

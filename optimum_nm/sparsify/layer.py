@@ -20,29 +20,38 @@ _GRAM_CORRECTIONS = ("output", "least-squares")
 
 
 def needs_gram(config: NMConfig) -> bool:
-    """Whether `sparsify_layer` needs the Gram matrix of the inputs."""
+    """Whether `solve_layer` needs the Gram matrix of the inputs."""
     return config.solver in SOLVERS or config.variance_correction in _GRAM_CORRECTIONS
 
 
-def sparsify_layer(
-    name: str, weight: Tensor, statistics: InputStatistics, layer: LayerConfig, config: NMConfig, equalized: bool
+def solve_layer(
+    weight: Tensor, statistics: InputStatistics, layer: LayerConfig, config: NMConfig, equalized: bool
+) -> Solution:
+    """Prune one weight.
+
+    Args:
+        weight: float32 `[out_features, in_features]`.
+        equalized: weight and statistics are already equalized (fold), so the score takes them as they are.
+    """
+    if config.solver == "mask":
+        return _masked(weight, statistics, layer, config, equalized)
+    gram = statistics.gram
+    assert gram is not None
+    return quantize_solution(weight, SOLVERS[config.solver](weight, gram, layer), gram, layer)
+
+
+def pack_layer(
+    name: str, weight: Tensor, solution: Solution, statistics: InputStatistics, layer: LayerConfig
 ) -> tuple[PackedWeight, LayerSummary]:
-    """Prune and pack one weight.
+    """Pack what one weight became.
 
     Args:
         name: full module name.
-        weight: float32 `[out_features, in_features]`.
-        equalized: weight and statistics are already equalized (fold), so the score takes them as they are.
+        weight: the dense one, float32 `[out_features, in_features]`.
 
     Raises:
         NMError: naming the layer, a value does not fit the type it is stored in.
     """
-    if config.solver == "mask":
-        solution = _masked(weight, statistics, layer, config, equalized)
-    else:
-        assert statistics.gram is not None
-        solution = SOLVERS[config.solver](weight, statistics.gram, layer)
-        solution = quantize_solution(weight, solution, statistics.gram, layer)
     try:
         packed = PackedWeight.from_config(
             solution.weight,

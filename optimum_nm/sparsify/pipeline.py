@@ -20,9 +20,11 @@ from ..packing.packed_weight import PackedWeight
 from .architectures import decoder_blocks, output_layer_name
 from .block_inputs import BlockInputs
 from .equalize import fold_block
-from .layer import needs_gram, sparsify_layer
+from .finetune import finetune_block
+from .layer import needs_gram, pack_layer, solve_layer
+from .solvers import Solution
 from .statistics import InputStatistics, StatisticsCollector
-from .summary import LayerSummary, SparsificationSummary
+from .summary import BlockLoss, LayerSummary, SparsificationSummary
 
 
 @torch.no_grad()
@@ -32,8 +34,8 @@ def sparsify_model(
     """Replace every linear layer that `config` does not exclude by an NMLinear, in place.
 
     Each block runs twice: dense on the inputs that the sparse blocks before it produce, to collect the statistics of
-    all its linears at once; then, these pruned (and quantized), to make the inputs of the next block. Layers outside
-    the blocks come last, on the inputs they then have.
+    all its linears at once; then, these pruned (and quantized, and fine-tuned), to make the inputs of the next block.
+    Layers outside the blocks come last, on the inputs they then have.
 
     Args:
         model: dense, in eval mode, on the device to compute on.
@@ -55,16 +57,22 @@ def sparsify_model(
         _check_tied(model, config)
     for name in outside:
         untie_output(model, name)
-    inputs = BlockInputs(model, blocks, windows)
+    tuning = config.finetune_settings
+    inputs = BlockInputs(model, blocks, windows, tuning.batch_size if tuning else None)
+    dense = _DenseOutputs(inputs) if tuning and tuning.targets == "dense" else None
     summary = SparsificationSummary()
     with tqdm(total=len(blocks) + bool(outside), desc="Sparsifying", unit="block", disable=not progress) as bar:
         for index in range(len(blocks)):
             linears = {f"{blocks_name}.{index}.{name}": m for name, m in linear_layers(blocks[index]).items()}
-            layers = _sparsify_block(model, index, linears, inputs, config)
+            layers, loss = _sparsify_block(model, index, linears, inputs, dense, config)
             summary.layers += layers
+            shown = {}
             if layers:
-                error = sum(layer.relative_error for layer in layers) / len(layers)
-                bar.set_postfix(layer_error=f"{error:.4f}", refresh=False)
+                shown["layer_error"] = f"{sum(layer.relative_error for layer in layers) / len(layers):.4f}"
+            if loss is not None:
+                summary.block_losses[index] = loss
+                shown["block_loss"] = f"{loss.before:.4f} → {loss.after:.4f}"
+            bar.set_postfix(shown, refresh=False)
             bar.update()
         if outside:
             summary.layers += _sparsify_outside(model, outside, inputs, config)
@@ -111,23 +119,48 @@ def _collector(linears: dict[str, nn.Module], inputs: BlockInputs, config: NMCon
     return StatisticsCollector(linears, needs_gram(config), len(inputs.batches), config.seed)
 
 
+class _DenseOutputs:
+    """The hidden states of the dense model, a block behind those of the sparse one."""
+
+    def __init__(self, inputs: BlockInputs) -> None:
+        self._inputs, self._hidden = inputs, list(inputs.hidden)
+
+    def advance(self, index: int) -> list[Tensor]:
+        """Per batch the output of block `index`, which must still be dense."""
+        self._hidden = [self._inputs.run(index, batch, hidden) for batch, hidden in enumerate(self._hidden)]
+        return self._hidden
+
+
 def _sparsify_block(
-    model: PreTrainedModel, index: int, linears: dict[str, nn.Module], inputs: BlockInputs, config: NMConfig
-) -> list[LayerSummary]:
+    model: PreTrainedModel,
+    index: int,
+    linears: dict[str, nn.Module],
+    inputs: BlockInputs,
+    dense: _DenseOutputs | None,
+    config: NMConfig,
+) -> tuple[list[LayerSummary], BlockLoss | None]:
+    targets = [] if dense is None else dense.advance(index)
+    keep_outputs = config.finetune is not None and dense is None
     with _collector(linears, inputs, config) as collector:
         for batch in range(len(inputs.batches)):
-            inputs.run(index, batch)
+            output = inputs.run(index, batch)
+            if keep_outputs:
+                targets.append(output)
     statistics = collector.statistics()
     folded: set[str] = set()
     if config.equalization is not None and config.equalization_mode == "fold":
         run = partial(inputs.run, index, 0)
         folded = fold_block(inputs.blocks[index], linears, statistics, inputs.hidden[0], run, config.equalization)
-    packed, summaries = _sparsify_linears(linears, statistics, config, folded)
+    solutions = _solve(linears, statistics, config, folded)
+    loss = None
+    if config.finetune_settings is not None and solutions:
+        solutions, loss = _finetune(index, linears, inputs, targets, solutions, config)
+    packed, summaries = _pack(linears, statistics, solutions, config)
     for name, weight in packed.items():
         set_dense_weight(linears[name], weight.unpack().to(dense_weight(linears[name]).device))
     inputs.advance(index)
     _install(model, packed, linears)
-    return summaries
+    return summaries, loss
 
 
 def _sparsify_outside(
@@ -135,22 +168,58 @@ def _sparsify_outside(
 ) -> list[LayerSummary]:
     with _collector(linears, inputs, config) as collector:
         inputs.run_surroundings()
-    packed, summaries = _sparsify_linears(linears, collector.statistics(), config, set())
+    statistics = collector.statistics()
+    packed, summaries = _pack(linears, statistics, _solve(linears, statistics, config, set()), config)
     _install(model, packed, linears)
     return summaries
 
 
-def _sparsify_linears(
+def _solve(
     linears: dict[str, nn.Module], statistics: dict[str, InputStatistics], config: NMConfig, folded: set[str]
-) -> tuple[dict[str, PackedWeight], list[LayerSummary]]:
-    packed: dict[str, PackedWeight] = {}
-    summaries: list[LayerSummary] = []
+) -> dict[str, Solution]:
+    """Of every layer that is not excluded, by full name."""
+    solutions: dict[str, Solution] = {}
     for name, module in linears.items():
         layer = config.layer(name)
         if layer is not None:
             weight = dense_weight(module).detach().float()
-            packed[name], summary = sparsify_layer(name, weight, statistics[name], layer, config, name in folded)
-            summaries.append(summary)
+            solutions[name] = solve_layer(weight, statistics[name], layer, config, name in folded)
+    return solutions
+
+
+def _finetune(
+    index: int,
+    linears: dict[str, nn.Module],
+    inputs: BlockInputs,
+    targets: list[Tensor],
+    solutions: dict[str, Solution],
+    config: NMConfig,
+) -> tuple[dict[str, Solution], BlockLoss]:
+    assert config.finetune_settings is not None
+    local_names = {module: name for name, module in inputs.blocks[index].named_modules()}
+    full_names = {local_names[linears[name]]: name for name in solutions}
+    start = {}
+    for local, name in full_names.items():
+        layer = config.layer(name)
+        assert layer is not None
+        start[local] = (solutions[name], layer)
+    tuned, loss = finetune_block(inputs, index, targets, start, config.finetune_settings, config.seed + index)
+    return {full_names[local]: solution for local, solution in tuned.items()}, loss
+
+
+def _pack(
+    linears: dict[str, nn.Module],
+    statistics: dict[str, InputStatistics],
+    solutions: dict[str, Solution],
+    config: NMConfig,
+) -> tuple[dict[str, PackedWeight], list[LayerSummary]]:
+    packed: dict[str, PackedWeight] = {}
+    summaries: list[LayerSummary] = []
+    for name, solution in solutions.items():
+        layer, weight = config.layer(name), dense_weight(linears[name]).detach().float()
+        assert layer is not None
+        packed[name], summary = pack_layer(name, weight, solution, statistics[name], layer)
+        summaries.append(summary)
     return packed, summaries
 
 

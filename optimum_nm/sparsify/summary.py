@@ -34,11 +34,26 @@ class LayerSummary:
         return ".".join(self.name.split(".")[-2:])
 
 
+@dataclass(frozen=True)
+class BlockLoss:
+    """Mean squared error of a block's output, over the mean square of what the block should add to its input.
+
+    Measured on what fine-tuning holds out; if that is nothing, on a batch that it trains on.
+    """
+
+    before: float
+    after: float
+
+
 @dataclass
 class SparsificationSummary:
-    """Every packed layer in the order of the model, and the seconds it took; `str()` is a table per layer type."""
+    """Every packed layer in the order of the model, and the seconds it took; `str()` is a table per layer type.
+
+    `block_losses` holds, by the number of the decoder block, what fine-tuning did.
+    """
 
     layers: list[LayerSummary] = field(default_factory=list)
+    block_losses: dict[int, BlockLoss] = field(default_factory=dict)
     seconds: float = 0.0
 
     def by_type(self) -> dict[str, dict[str, float]]:
@@ -53,7 +68,9 @@ class SparsificationSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. Holds no times: the same input gives the same dictionary."""
-        return {"layers": [asdict(layer) for layer in self.layers], "types": self.by_type()}
+        losses = {str(index): asdict(loss) for index, loss in self.block_losses.items()}
+        tuned = {"block_losses": losses} if losses else {}
+        return {"layers": [asdict(layer) for layer in self.layers], "types": self.by_type(), **tuned}
 
     def __str__(self) -> str:
         header = f"{'layer type':<32}{'layers':>7}{'weights':>13}{'density':>9}{'error':>9}{'bits/weight':>13}"
