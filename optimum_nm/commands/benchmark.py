@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 from optimum.commands.base import CommandInfo
 
 from ..evaluate.dense_variants import VARIANTS
+from .benchmark_kernels import BenchmarkKernelsCommand
 from .command import Command, Outcome, positive, split_gguf
 
 
 class BenchmarkCommand(Command):
     COMMAND = CommandInfo("benchmark", help="speed, memory and size beside ONNX Runtime's dense float32, int8 and int4")
+    SUBCOMMANDS = (replace(BenchmarkKernelsCommand.COMMAND, subcommand_class=BenchmarkKernelsCommand),)
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
         parser.add_argument(
             "--model",
             nargs="+",
-            required=True,
-            default=SUPPRESS,
-            help="folders of packed checkpoints, each with its model.onnx",
+            help="folders of packed checkpoints, each with its model.onnx; needed unless `kernels` follows, which "
+            "measures single matrix products instead",
         )
         parser.add_argument(
             "--reference",
@@ -49,6 +51,8 @@ class BenchmarkCommand(Command):
         from ..evaluate.dense_variants import dense_variants
 
         args = self.args
+        if args.model is None:
+            self.parser.error("the following arguments are required: --model")
         dense = {}
         if args.reference is not None:
             name, location = split_gguf(args.reference)
