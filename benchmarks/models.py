@@ -65,7 +65,7 @@ def packed_model(weight_dtype: str) -> Callable[[Path, Path], None]:
 
     def build(dense: Path, folder: Path) -> None:
         from optimum_nm import NMConfig, NMOptimizer
-        from optimum_nm.onnx.fused_export import export_fused
+        from optimum_nm.onnx.export import export_checkpoint
 
         config = NMConfig(
             score="magnitude",
@@ -79,7 +79,7 @@ def packed_model(weight_dtype: str) -> Callable[[Path, Path], None]:
             calibration_length=16,
         )
         NMOptimizer.from_pretrained(dense).optimize(folder, config, ["a few words " * 50])
-        export_fused(folder, runtime="genai")
+        export_checkpoint(folder, runtime="genai")
 
     return build
 

@@ -17,7 +17,6 @@ from optimum_nm.nn.embedding import share_embedding
 from optimum_nm.nn.skeleton import open_checkpoint
 from optimum_nm.onnx.export import export_checkpoint
 from optimum_nm.onnx.fused import MODEL_TYPES, no_fused_graph
-from optimum_nm.onnx.fused_export import export_fused
 from optimum_nm.onnx.genai import genai_config
 from optimum_nm.onnx.operator import register_schema
 from optimum_nm.runtime.session import session_options
@@ -84,7 +83,8 @@ def packed_checkpoint(
 
 
 def export(folder, accuracy_level=0, **options):
-    return onnx.load(export_fused(folder, accuracy_level=accuracy_level, **options), load_external_data=False)
+    path = export_checkpoint(folder, graph="fused", accuracy_level=accuracy_level, **options)
+    return onnx.load(path, load_external_data=False)
 
 
 def torch_logits(model, tokens):
@@ -303,7 +303,7 @@ def test_genai_needs_a_tokenizer(tmp_path):
 
 def test_runtimes_are_two(tmp_path):
     with pytest.raises(NMError, match="runtime is 'llama'; it must be one of onnxruntime, genai"):
-        export_fused(tmp_path, runtime="llama")
+        export_checkpoint(tmp_path, runtime="llama")
 
 
 def test_byte_level_tokenizers_keep_only_the_byte_level_decoder(genai_folder, tokenizer):

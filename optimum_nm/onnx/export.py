@@ -7,16 +7,19 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 
 from ..errors import NMError
 from ..nn.skeleton import open_checkpoint
+from ..packing.checkpoint import PackedCheckpoint
 from ..sparsify.checkpoint import output_folder
 from .external_data import MODEL_FILE, check_files
 from .fallback import add_fallback
-from .genai import RUNTIMES
+from .genai import RUNTIMES, add_genai_files
 from .operator import DOMAIN, VERSION, register_schema
 from .traced import TASKS, traced_graph
 
@@ -50,7 +53,9 @@ def export_checkpoint(
         graph: "fused" is constructed, several times as fast, and there is one for the model types in
             `fused.MODEL_TYPES` and the first task; "traced" comes from Optimum's exporter; "auto" takes the first
             that there is.
-        runtime: "genai" makes the folder one for onnxruntime-genai too, see `fused_export.export_fused`.
+        runtime: "genai" for onnxruntime-genai: genai_config.json and the operator library come beside model.onnx, which
+            gives the logits after the last token only. ONNX Runtime and ORTModelForCausalLM generate with it too; to
+            score texts, logits after every token are needed, which "onnxruntime" gives.
         accuracy_level: of all packed layers: 0 keeps activations float32, 4 lets them be rounded to int8 per row and
             block; None for 4 where the stored values are integers and 0 elsewhere.
         opset: ONNX operator set of the traced graph, at least 14; None for the one of Optimum's exporter.
@@ -81,18 +86,18 @@ def export_checkpoint(
     if reason and graph == "auto":
         logger.warning("Exporting the traced graph, which is slower: %s", reason)
 
-    def export_into(target: Path) -> Path:
+    def make_graph(checkpoint: PackedCheckpoint) -> onnx.ModelProto:
         if reason:
-            return _export_traced(target, task, accuracy_level, opset, fallback)
-        from .fused_export import export_fused
+            return traced_graph(checkpoint, task, accuracy_level, opset)
+        from .fused import fused_graph
 
-        return export_fused(target, accuracy_level=accuracy_level, runtime=runtime, fallback=fallback)
+        return fused_graph(checkpoint, accuracy_level, last_logits=runtime == "genai")
 
     if output is None or Path(output).resolve() == source.resolve():
-        return export_into(source)
+        return _export_into(source, make_graph, runtime, fallback)
     with output_folder(output, overwrite) as target:
         _copy_checkpoint(source, target)
-        export_into(target)
+        _export_into(target, make_graph, runtime, fallback)
     return Path(output) / MODEL_FILE
 
 
@@ -110,43 +115,50 @@ def _no_fused_graph(folder: Path, task: str, opset: int | None) -> str:
     return no_fused_graph(folder) or ""
 
 
-def _export_traced(folder: Path, task: str, accuracy_level: int | None, opset: int | None, fallback: bool) -> Path:
-    if importlib.util.find_spec("optimum.exporters.onnx") is None:
-        raise NMError("optimum-onnx is not installed; `pip install optimum-nm[onnx]` brings it.")
+def _export_into(
+    folder: Path, make_graph: Callable[[PackedCheckpoint], onnx.ModelProto], runtime: str, fallback: bool
+) -> Path:
+    """Write what `make_graph` makes of the checkpoint in `folder`, and what the runtime needs, beside its weights."""
     checkpoint = open_checkpoint(folder)
     check_files(checkpoint)
-    model = traced_graph(checkpoint, task, accuracy_level, opset)
+    model = make_graph(checkpoint)
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
     if fallback:
         add_fallback(model)
     path = folder / MODEL_FILE
-    write_model(model, path)
+    with checked_model(model, path):
+        if runtime == "genai":
+            add_genai_files(folder, model.graph)
     return path
 
 
-def write_model(model: onnx.ModelProto, path: Path) -> None:
-    """Check a model, whose external data lies in the folder of `path`, and write it, whole or not at all.
+@contextmanager
+def checked_model(model: onnx.ModelProto, path: Path) -> Iterator[None]:
+    """Check a model, whose external data lies in the folder of `path`; it takes that name when the `with` block ends.
 
     Raises:
         NMError: the folder cannot be written.
     """
     register_schema()
+    temporary = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise NMError(f"{path.parent} cannot be written ({error.strerror}).") from None
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
+        os.close(descriptor)
+        temporary = Path(name)
         temporary.write_bytes(model.SerializeToString(deterministic=True))
-        onnx.checker.check_model(name, check_custom_domain=True)
+        ours = {entry.domain for entry in model.opset_import} <= {"", DOMAIN}  # and no domain whose schemas onnx lacks
+        onnx.checker.check_model(name, check_custom_domain=ours)
+        yield
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
         temporary.rename(path)
+    except OSError as error:
+        raise NMError(f"{path.parent} cannot be written ({error.strerror}).") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _copy_checkpoint(source: Path, target: Path) -> None:

@@ -6,13 +6,14 @@ other small parameters are read. Afterwards each handle becomes the initializers
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -24,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import INTEGER_DTYPES
 from ..errors import NMError
-from ..nn.convert import linear_layers, replace_linear
+from ..nn.convert import dense_weight, linear_layers, replace_linear
 from ..packing.checkpoint import PackedCheckpoint
 from .external_data import CheckpointInitializers, external_initializer
 from .operator import DOMAIN, matmul_nm_node
@@ -115,14 +116,15 @@ def traced_graph(
         opset: the exporter's default for the model type if None.
 
     Raises:
-        NMError: the exporter does not support the model type, or a tensor is missing or not what it should be.
+        NMError: there is no exporter, it does not support the model type, or a tensor is missing or not what it should
+            be.
     """
     onnx_config_class = _onnx_config_class(checkpoint, task)
     model, modules = _handle_model(checkpoint)
     prefix = ""
     if task.startswith("feature-extraction"):
         prefix = model.base_model_prefix + "."
-        model = model.base_model
+        model = cast(PreTrainedModel, model.base_model)
     past = task.endswith("-with-past")
     model.config.use_cache = past
     onnx_config = onnx_config_class(model.config, use_past=past, use_past_in_inputs=past)
@@ -140,6 +142,8 @@ def traced_graph(
 
 def _onnx_config_class(checkpoint: PackedCheckpoint, task: str) -> Any:
     """Optimum's description of the model type's inputs and outputs for a task."""
+    if importlib.util.find_spec("optimum.exporters.onnx") is None:
+        raise NMError("optimum-onnx is not installed; `pip install optimum-nm[onnx]` brings it.")
     import optimum.exporters.onnx.model_configs  # noqa: F401  it registers the model types
     from optimum.exporters.tasks import TasksManager
 
@@ -181,7 +185,7 @@ def _handle_model(checkpoint: PackedCheckpoint) -> tuple[PreTrainedModel, list[S
         else:
             transposed = isinstance(linear, Conv1D)
             modules.append(StoredModule(weight=stored[f"{name}.weight"], bias=bias, transposed=transposed))
-            out_features = linear.weight.shape[1 if transposed else 0]
+            out_features = dense_weight(linear).shape[0]
         replace_linear(model, name, _HandleLinear(len(modules) - 1, out_features))
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
