@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NMError
 from .kernel_benchmark import KernelBenchmark, Timing
+from .kernel_models import kernels
+from .kernel_weights import OUTLIERS, PATTERN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,20 +37,20 @@ def plot(result: KernelBenchmark, file: Path) -> None:
 
     threads = max(result.bandwidths)
     shapes = list(dict.fromkeys((t.in_features, t.out_features) for t in result.timings))
-    figure = Figure(figsize=(20, 7 * len(shapes)), layout="constrained")
+    figure = Figure(figsize=(23, 7 * len(shapes)), layout="constrained")
     axes = figure.subplots(len(shapes), 3, squeeze=False)
-    colours = _colours(result)
     for (in_features, out_features), (latency, bandwidth, size) in zip(shapes, axes, strict=True):
         timings = [t for t in result.timings if (t.in_features, t.out_features) == (in_features, out_features)]
         timings = [t for t in timings if t.threads == threads]
         fewest = [t for t in timings if t.rows == min(t.rows for t in timings)]
         ideal = result.bandwidth(threads)
-        _plot_latency(latency, timings, colours)
-        _plot_bandwidth(bandwidth, fewest, ideal, colours)
-        _plot_size(size, fewest, ideal, colours)
-        latency.set_title(f"{in_features}×{out_features}, {threads} threads")
+        _plot_latency(latency, timings)
+        _plot_bandwidth(bandwidth, fewest, ideal)
+        _plot_size(size, fewest, ideal)
+        latency.set_title(f"{in_features}×{out_features}, {threads} thread{'s' if threads > 1 else ''}")
     about = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     figure.suptitle(about, fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     temporary = file.with_name(f".{file.name}.partial")
     try:
         figure.savefig(temporary, format="png", dpi=100)
@@ -58,42 +60,48 @@ def plot(result: KernelBenchmark, file: Path) -> None:
         raise NMError(f"plot {str(file)!r} cannot be written ({error.strerror}).") from None
 
 
-def _colours(result: KernelBenchmark) -> dict[str, Any]:
-    from matplotlib import colormaps
+def _style(name: str) -> dict[str, Any]:
+    """Colour by value type, marker by positions, dashes for outliers, pale for accuracy level 0."""
+    if not name.startswith(str(PATTERN)):
+        order = [dense for dense, kernel in kernels().items() if not kernel.rivals]
+        grey = str(0.7 * order.index(name) / len(order))
+        return {"color": grey, "marker": "sPXdv"[order.index(name)], "linestyle": ":"}
+    types = ("float32", "float16", "bfloat16", "int8", "int4")
+    return {
+        "color": f"C{types.index(name.split()[1])}",
+        "marker": "o" if "codes" in name else "^",
+        "linestyle": "--" if str(OUTLIERS) in name else "-",
+        "alpha": 0.4 if "accuracy level 0" in name else 1.0,
+    }
 
-    names = list(dict.fromkeys(timing.kernel for timing in result.timings))
-    return {name: colormaps["turbo"]((index + 0.5) / len(names)) for index, name in enumerate(names)}
 
-
-def _plot_latency(axes: Axes, timings: list[Timing], colours: dict[str, Any]) -> None:
+def _plot_latency(axes: Axes, timings: list[Timing]) -> None:
+    rows = sorted({timing.rows for timing in timings})
     for name in dict.fromkeys(timing.kernel for timing in timings):
-        of_kernel = sorted((t for t in timings if t.kernel == name), key=lambda timing: timing.rows)
-        rows = [timing.rows for timing in of_kernel]
-        line = "o-" if name.startswith("8:16") else "s--"
-        axes.plot(rows, [t.median * 1e6 for t in of_kernel], line, color=colours[name], label=name)
+        median = {timing.rows: timing.median for timing in timings if timing.kernel == name}
+        axes.plot(rows, [median[m] * 1e6 for m in rows], label=name, **_style(name))
     axes.set(xscale="log", yscale="log", xlabel="rows of activations", ylabel="µs per matrix product")
-    axes.legend(fontsize="xx-small")
+    axes.set_xticks(rows, labels=[str(m) for m in rows], minor=False)
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(alpha=0.3)
 
 
-def _plot_bandwidth(axes: Axes, timings: list[Timing], ideal: float, colours: dict[str, Any]) -> None:
+def _plot_bandwidth(axes: Axes, timings: list[Timing], ideal: float) -> None:
     names = [timing.kernel for timing in timings]
-    axes.barh(names, [t.bandwidth / 1e9 for t in timings], color=[colours[name] for name in names])
+    axes.barh(names, [t.bandwidth / 1e9 for t in timings], color=[_style(name)["color"] for name in names])
     axes.axvline(ideal / 1e9, color="black", linestyle=":", label="memory reads")
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize="x-small")
-    axes.set(xlabel=f"GB/s of weights read, {timings[0].rows} rows")
+    axes.set(xlabel=f"GB/s of weights read, M = {timings[0].rows}")
     axes.legend()
 
 
-def _plot_size(axes: Axes, timings: list[Timing], ideal: float, colours: dict[str, Any]) -> None:
-    bits = [timing.bits_per_weight for timing in timings]
+def _plot_size(axes: Axes, timings: list[Timing], ideal: float) -> None:
     for timing in timings:
-        marker = "o" if timing.kernel.startswith("8:16") else "s"
-        axes.plot(timing.bits_per_weight, timing.median * 1e6, marker, color=colours[timing.kernel])
-        axes.annotate(timing.kernel, (timing.bits_per_weight, timing.median * 1e6), fontsize="xx-small")
+        axes.plot(timing.bits_per_weight, timing.median * 1e6, **_style(timing.kernel))
+    most = max(timing.bits_per_weight for timing in timings)
     elements = timings[0].in_features * timings[0].out_features
-    axes.plot([0, max(bits)], [0, max(bits) * elements / 8 / ideal * 1e6], "k:", label="memory reads")
-    axes.set(xlabel="bits per weight", ylabel=f"µs per matrix product, {timings[0].rows} rows", ylim=0)
+    axes.plot([0, most], [0, most * elements / 8 / ideal * 1e6], "k:", label="memory reads")
+    axes.set(xlabel="bits per weight", ylabel=f"µs per matrix product, M = {timings[0].rows}", ylim=0, xlim=0)
     axes.legend()
     axes.grid(alpha=0.3)
