@@ -12,6 +12,7 @@ from typing import Any
 from .errors import NMError
 from .finetune_config import FinetuneConfig
 from .patterns import NMPattern, OutlierPattern
+from .presets import PRESETS, with_presets
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "nm"
@@ -41,6 +42,7 @@ class LayerConfig:
 LAYER_FIELDS = tuple(f.name for f in dataclasses.fields(LayerConfig))
 
 
+@with_presets
 @dataclass
 class NMConfig:
     """Sparsification settings of a model; also the `quantization_config` of its checkpoint.
@@ -67,7 +69,8 @@ class NMConfig:
         overrides: {shell wildcard of module names: {field of LayerConfig: value}}; of several matches the later wins.
         share_embedding: the input embedding looks up rows of the packed output layer, where the model ties the two;
             the output layer must be packed with N = M, as by `exclude=[]` and an override of "lm_head".
-        preset: name of the preset the other fields came from, informative.
+        preset: "fast" (training-free), "paper" (the whole pipeline of 2507.03052) or "best" (the most accurate, slow)
+            sets the fields that docs/accuracy.md lists under it and that are not given; None for the defaults here.
         calibration_samples: number of calibration windows.
         calibration_length: tokens per window.
         seed: of the choice of windows.
@@ -101,6 +104,7 @@ class NMConfig:
         _require_choice("score", self.score, SCORES)
         _require_choice("solver", self.solver, SOLVERS)
         _require_choice("equalization_mode", self.equalization_mode, EQUALIZATION_MODES)
+        _require_choice("preset", self.preset, (None, *PRESETS))
         _require_choice("variance_correction", self.variance_correction, (None, *VARIANCE_CORRECTIONS))
         if self.equalization is not None and not 0 <= self.equalization <= 1:
             raise NMError(f"equalization is {self.equalization}; it must be between 0 and 1, or None.")
