@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration.sources import CalibrationSource, read_documents
 from .calibration.windows import calibration_windows
 from .config import NMConfig
 from .errors import NMError
+from .nn.modeling import load_causal_lm, load_tokenizer
 from .sparsify.architectures import decoder_blocks
 from .sparsify.checkpoint import output_folder, write_checkpoint
 from .sparsify.pipeline import resolve_names, sparsify_model
@@ -46,18 +47,11 @@ class NMOptimizer:
                 tokenizer.
 
         Raises:
-            NMError: there is no such model, or it is not a causal language model.
+            NMError: there is no such model, it is not a causal language model, or a tensor is missing or damaged.
         """
         shared = {name: kwargs[name] for name in (*_LOCATION_ARGUMENTS, "trust_remote_code") if name in kwargs}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                model_name_or_path, dtype="auto" if dtype is None else dtype, **kwargs
-            )
-            tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **shared)
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise NMError(f"{model_name_or_path} cannot be loaded as a causal language model: {reason}") from None
-        return cls(model, tokenizer)
+        model = load_causal_lm(model_name_or_path, dtype="auto" if dtype is None else dtype, **kwargs)
+        return cls(model, load_tokenizer(model_name_or_path, **shared))
 
     def optimize(
         self,

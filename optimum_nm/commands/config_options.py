@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _ArgumentGroup
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ CHOICES = {
     "weight_dtype": definitions.WEIGHT_DTYPES,
     "positions": definitions.POSITION_FORMATS,
     "outlier_dtype": definitions.OUTLIER_DTYPES,
+    "preset": (*definitions.PRESETS, None),
 }
-# `preset` only records where the other fields came from.
-FIELDS = {field.name: field for field in dataclasses.fields(NMConfig) if field.name != "preset"}
+FIELDS = {field.name: field for field in dataclasses.fields(NMConfig)}
 
 
 def add_config_options(parser: ArgumentParser) -> None:
@@ -46,8 +46,11 @@ def add_config_options(parser: ArgumentParser) -> None:
                 metavar="PATTERN=FIELD:VALUE,…",
                 help="settings of layers whose name matches, as 'lm_head=pattern:16:16,weight_dtype:int8' or with a "
                 f"JSON object behind '='; may be repeated, of several matches the later wins. Fields: "
-                f"{', '.join(definitions.LAYER_FIELDS)}",
+                f"{', '.join(definitions.LAYER_FIELDS)} (default: nothing)",
             )
+        elif FIELDS[name].type == "bool":
+            option, help_text = f"--{name.replace('_', '-')}", _help(described[name], name)
+            group.add_argument(option, action=BooleanOptionalAction, default=SUPPRESS, help=help_text)
         elif name == "exclude":
             help_text = _help(described[name], name)
             group.add_argument("--exclude", nargs="*", default=SUPPRESS, metavar="PATTERN", help=help_text)
@@ -79,6 +82,7 @@ def read_config(args: Namespace) -> NMConfig:
     """
     values = {} if args.config is None else _read_file(Path(args.config))
     given = vars(args)
+    values |= definitions.PRESETS.get(given.get("preset"), {})
     values |= {name: given[name] for name in FIELDS if name in given}
     if "override" in given:
         values["overrides"] = {**values.get("overrides", {}), **dict(given["override"])}

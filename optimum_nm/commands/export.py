@@ -20,6 +20,7 @@ class ExportCommand(Command):
             help="folder to write to, which then holds the weights too; by default the checkpoint's own, where "
             "model.onnx points into model.safetensors and no weight is stored twice",
         )
+        parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is a model's")
         parser.add_argument(
             "--graph",
             choices=("auto", "fused", "traced"),
@@ -59,6 +60,7 @@ class ExportCommand(Command):
             runtime=args.runtime,
             accuracy_level=args.accuracy_level,
             fallback=not args.no_fallback,
+            overwrite=args.overwrite,
         )
         text = f"Written to {path}."
         if args.runtime == "genai":

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import NMError
+from ..nn.modeling import load_causal_lm, load_tokenizer
 from ..runtime.session import session_options
 from .onnx_decoder import OnnxDecoder
 from .tables import format_table
@@ -140,7 +141,7 @@ def evaluate_onnx(
     """Perplexity of the `model.onnx` of a folder, which also holds the tokenizer; otherwise as `evaluate_torch`."""
     provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
     decoder = OnnxDecoder(Path(folder) / "model.onnx", session_options(), provider)
-    tokenizer = _load_tokenizer(str(folder), {})
+    tokenizer = load_tokenizer(folder)
 
     def logits(tokens: list[int]) -> Tensor:
         decoder.reset()
@@ -172,26 +173,10 @@ def load_model(model: str, dtype: str, options: dict[str, Any]) -> tuple[PreTrai
     """A causal language model, packed or dense, and its tokenizer.
 
     Raises:
-        NMError: there is no such model, or it is not a causal language model.
+        NMError: as `load_causal_lm`, or it has no tokenizer.
     """
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, NMError):
-            raise
-        raise NMError(f"{model} cannot be loaded as a causal language model: {_first_line(error)}") from None
-    return loaded, _load_tokenizer(model, options)
-
-
-def _load_tokenizer(model: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise NMError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    loaded = load_causal_lm(model, dtype=getattr(torch, dtype), **options)
+    return loaded, load_tokenizer(model, **options)
 
 
 @torch.no_grad()

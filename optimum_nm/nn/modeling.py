@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import QUANT_METHOD
 from ..errors import NMError
@@ -33,12 +34,48 @@ class NMModelForCausalLM:
         try:
             config = AutoConfig.from_pretrained(model_name_or_path, **where)
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise NMError(f"{model_name_or_path} cannot be loaded as a model: {reason}") from None
+            raise NMError(f"{model_name_or_path} cannot be loaded as a model: {_first_line(error)}") from None
         method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
         if method != QUANT_METHOD:
             raise NMError(
                 f"{model_name_or_path} has quantization method {method!r}, not {QUANT_METHOD!r}: it is not a packed "
                 "checkpoint; NMOptimizer makes one."
             )
-        return AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+        return load_causal_lm(model_name_or_path, **kwargs)
+
+
+def load_causal_lm(model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """AutoModelForCausalLM.from_pretrained, dense or packed, that never leaves a layer at random values.
+
+    Raises:
+        NMError: there is no such model, it is not a causal language model, or one of its tensors is missing or damaged.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model_name_or_path, output_loading_info=True, **kwargs)
+    except NMError:
+        raise
+    except SafetensorError as error:
+        raise NMError(f"{model_name_or_path} has a weight file that is truncated or damaged: {error}.") from None
+    except (OSError, ValueError, KeyError) as error:
+        reason = _first_line(error)
+        raise NMError(f"{model_name_or_path} cannot be loaded as a causal language model: {reason}") from None
+    model, info = loaded
+    if info["missing_keys"]:
+        raise NMError(f"tensor {min(info['missing_keys'])!r} is missing from {model_name_or_path}.")
+    return model
+
+
+def load_tokenizer(model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """AutoTokenizer.from_pretrained.
+
+    Raises:
+        NMError: there is none that can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model_name_or_path, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise NMError(f"{model_name_or_path} has no tokenizer that can be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
