@@ -1,0 +1,28 @@
+"""CMake builds for tests, kept in build/ from one run to the next."""
+
+import fcntl
+import subprocess
+import sysconfig
+from pathlib import Path
+from shutil import which
+
+REPOSITORY = Path(__file__).parents[1]
+CMAKE = which("cmake", path=sysconfig.get_path("scripts")) or "cmake"
+
+
+def build(source, name, targets, *options):
+    """Build targets of the CMake project in folder `source` and return the folder of the build, `build/<name>`."""
+    folder = REPOSITORY / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:  # two workers of pytest may want the same
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(CMAKE, "-S", str(REPOSITORY / source), "-B", str(folder), *options)
+        run(CMAKE, "--build", str(folder), "--parallel", "2", "--target", *targets)
+    return folder
+
+
+def run(*command, **options):
+    """What a program prints; it must succeed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
