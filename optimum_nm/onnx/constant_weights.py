@@ -18,8 +18,7 @@ from ..errors import NMError
 from ..patterns import NMPattern
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-BLOCK_ELEMENTS = 1 << 18  # packing takes some forty bytes an element
-_SCOPES = "pkg.torch.onnx.name_scopes"
+BLOCK_ELEMENTS = 1 << 16  # packing takes some forty bytes an element
 
 
 @dataclass(frozen=True)
@@ -253,18 +252,23 @@ def _product(node: ir.Node, out_features: int) -> Product:
 
 
 def _module_name(node: ir.Node, value: ir.Value) -> str:
-    """`model.layers.0.mlp.up_proj`, from what the exporter wrote down: torch's scopes, a path, the tensor's name."""
-    try:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    except (SyntaxError, ValueError):
-        scopes = []
-    if len(scopes) > 1 and scopes[-2]:
-        return str(scopes[-2])
-    path = (node.name or "").strip("/").split("/")
-    if len(path) > 1:
-        return ".".join(path[:-1])
+    """`model.layers.0.mlp.up_proj`, from what the exporter wrote down: scopes, a path, or the tensor's name."""
+    if scopes := _scopes(node, "pkg.torch.onnx.name_scopes"):  # "", "mlp", "mlp.up_proj", "linear_1"
+        name = scopes[-2]
+    elif scopes := _scopes(node, "pkg.onnxscript.name_scopes"):  # "", "mlp", "up_proj"
+        name = ".".join(scopes[1:])
+    else:
+        name = ".".join((node.name or "").strip("/").split("/")[:-1])  # /mlp/up_proj/MatMul
     tensor = value.name or ""
-    return tensor.removesuffix(".weight") if tensor.endswith(".weight") else node.name or tensor
+    return name or (tensor.removesuffix(".weight") if tensor.endswith(".weight") else node.name or tensor)
+
+
+def _scopes(node: ir.Node, key: str) -> list[str]:
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(key, "[]"))
+    except (SyntaxError, ValueError):
+        return []
+    return [str(scope) for scope in scopes] if isinstance(scopes, list) and len(scopes) > 1 else []
 
 
 def unique_name(name: str, taken: set[str]) -> str:

@@ -149,7 +149,7 @@ def _choose(
         if not any(_matches(weight, [wildcard]) for weight in weights):
             raise NMError(f"exclude pattern {wildcard!r} matches no weight; one is called {weights[0].name!r}.")
     refused = {}
-    for weight in tqdm(weights, desc="Checking", unit="weight"):
+    for weight in tqdm(weights, desc="Checking", unit="weight", delay=2):
         if _matches(weight, exclude):
             weight.keep = "it is excluded"
         elif not weight.keep and not pattern.is_dense and (misfit := weight.misfit(pattern)):
@@ -196,7 +196,7 @@ def _write(
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
         with external_file(folder / data.name) as file:
             replacer = ProductReplacer(model, file, config, accuracy_level)
-            summaries = [_pack(weight, replacer) for weight in tqdm(weights, desc="Packing", unit="weight")]
+            summaries = [_pack(weight, replacer) for weight in tqdm(weights, desc="Packing", unit="weight", delay=2)]
             file.move_initializers(model)
         model.opset_imports[DOMAIN] = VERSION
         model.ir_version = max(model.ir_version, FUNCTIONS_IR_VERSION)
