@@ -38,7 +38,7 @@ class BenchmarkCommand(Command):
             choices=VARIANTS,
             default=VARIANTS,
             help="what to make of the reference: int8-dynamic is ONNX Runtime's dynamic quantization; int8 and int4 "
-            "are MatMulNBits with blocks of 128 and accuracy level 4",
+            "are MatMulNBits with blocks of 128 and 32 and accuracy level 4",
         )
         parser.add_argument("--threads", type=positive, help="of ONNX Runtime; by default its own choice")
         parser.add_argument("--prompt-tokens", type=positive, default=256, help="read before the first new token")
