@@ -290,6 +290,15 @@ def test_opsets(tmp_path, opset):
     assert_same_outputs(source, target)
 
 
+def test_the_standard_domain_by_its_other_name(tmp_path):
+    source = linear_model(tmp_path / "model.onnx", sparse())
+    model = onnx.load(source)
+    model.opset_import[0].domain = "ai.onnx"
+    onnx.save(model, source)
+    target, _ = convert(source)
+    assert_same_outputs(source, target)
+
+
 @pytest.mark.parametrize("opset", [11, 12])
 def test_opsets_too_old_for_the_fallback(tmp_path, opset):
     source = linear_model(tmp_path / "model.onnx", sparse(), opset=opset, ir_version=6)
@@ -383,6 +392,10 @@ def scramble(source):
     source.write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 2000, dtype=np.uint8)))
 
 
+def spoil_name(source):
+    source.write_bytes(source.read_bytes().replace(b"/up/MatMul", b"/up/\xff\xfftMul"))
+
+
 def lose_data(source):
     source.with_name("weights.bin").unlink()
 
@@ -410,6 +423,7 @@ def sparsify_initializer(source):
 DAMAGES = {
     truncate: "is not a valid ONNX model",
     scramble: "is not a valid ONNX model",
+    spoil_name: r"is not a valid ONNX model \(a name in it is not UTF-8\)",
     lose_data: "is not a valid ONNX model .*weights.bin",
     truncate_data: "is not a valid ONNX model",
     link_data_elsewhere: "is not a valid ONNX model",

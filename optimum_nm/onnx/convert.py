@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from tqdm.auto import tqdm
 
 from ..config import INTEGER_DTYPES, LayerConfig, NMConfig
@@ -96,6 +96,10 @@ def _read(source: Path) -> ir.Model:
         proto = onnx.load(str(source), load_external_data=False)
         if proto.graph.sparse_initializer:
             raise NMError(f"{source} has sparse initializers, which are not read; they must be dense.")
+        if any(isinstance(text, bytes) for text in _texts(proto)):
+            raise NMError(f"{source} is not a valid ONNX model (a name in it is not UTF-8).")
+        for entry in proto.opset_import:
+            entry.domain = "" if entry.domain == "ai.onnx" else entry.domain  # two names of one domain
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, source.absolute().parent)
         for tensor in _external_tensors(model):
@@ -107,6 +111,17 @@ def _read(source: Path) -> ir.Model:
         reason = " ".join(str(error).split())
         raise NMError(f"{source} is not a valid ONNX model ({reason}).") from None
     return model
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """All string fields, which protobuf gives as bytes where they are not UTF-8."""
+    for field, value in message.ListFields():
+        items = [value] if isinstance(value, (Message, str, bytes)) else value
+        if field.type == field.TYPE_STRING:
+            yield from items
+        elif field.type == field.TYPE_MESSAGE:
+            for item in items:
+                yield from _texts(item)
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
@@ -132,7 +147,7 @@ def _check_target(target: Path, source: Path, model: ir.Model, overwrite: bool) 
         if path.resolve() in sources:
             raise NMError(f"output {target} would replace {path}, which belongs to the model; choose another name.")
         if path.is_dir() or (path.exists() and not overwrite):
-            raise NMError(f"output {path} exists; choose another or allow overwriting (overwrite=True).")
+            raise NMError(f"output {path} exists; choose another, or overwrite it (--overwrite, overwrite=True).")
 
 
 def _choose(
@@ -199,10 +214,10 @@ def _write(
             summaries = [_pack(weight, replacer) for weight in tqdm(weights, desc="Packing", unit="weight", delay=2)]
             file.move_initializers(model)
         model.opset_imports[DOMAIN] = VERSION
-        model.ir_version = max(model.ir_version, FUNCTIONS_IR_VERSION)
         proto = ir.to_proto(model)
         if fallback:
             add_fallback(proto)
+            proto.ir_version = max(proto.ir_version, FUNCTIONS_IR_VERSION)
         register_schema()
         (folder / target.name).write_bytes(proto.SerializeToString(deterministic=True))
         onnx.checker.check_model(str(folder / target.name))
