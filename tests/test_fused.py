@@ -6,14 +6,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from packed_models import DIMENSIONS, TOKENS, packed_checkpoint, random_tokens, torch_logits
 
-from optimum_nm import NMConfig, NMLinear, NMModelForCausalLM, PackedWeight
+from optimum_nm import NMConfig
 from optimum_nm.errors import NMError
 from optimum_nm.evaluate.onnx_decoder import OnnxDecoder
 from optimum_nm.evaluate.verify_onnx import onnx_problems
-from optimum_nm.nn.convert import dense_weight, linear_layers, replace_linear
-from optimum_nm.nn.embedding import share_embedding
 from optimum_nm.nn.skeleton import open_checkpoint
 from optimum_nm.onnx.export import export_checkpoint
 from optimum_nm.onnx.fused import MODEL_TYPES, no_fused_graph
@@ -22,16 +20,6 @@ from optimum_nm.onnx.operator import register_schema
 from optimum_nm.runtime.session import session_options
 from optimum_nm.sparsify.tensor_order import arrange_tensors
 
-TOKENS = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-DIMENSIONS = TOKENS | {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-GPT = TOKENS | {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 VARIANTS = {
     "arcee": {},
@@ -58,42 +46,9 @@ VARIANTS = {
 }
 
 
-def packed_checkpoint(
-    folder, model_type="llama", weight_dtype="float32", stored_dtype=torch.float32, packing=None, **changes
-):
-    """A packed checkpoint with random weights everywhere, biases and norms too, and its torch model."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **((GPT if model_type.startswith("gpt") else DIMENSIONS) | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():
-        scale = 0.2 if parameter.ndim == 1 else 0.1
-        centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
-        parameter.data.copy_(torch.randn_like(parameter) * scale + centre)
-    packing = packing or NMConfig(weight_dtype=weight_dtype, group_size=32, outliers="4:256")
-    for name, linear in linear_layers(model).items():
-        layer = packing.layer(name)
-        if layer is not None:
-            packed = PackedWeight.from_config(dense_weight(linear).data, layer)
-            replace_linear(model, name, NMLinear.from_packed(packed, linear.bias))
-    if packing.share_embedding:
-        share_embedding(model)
-    model.config.quantization_config = packing.to_dict()
-    model.to(stored_dtype).save_pretrained(folder)
-    return NMModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 def export(folder, accuracy_level=0, **options):
     path = export_checkpoint(folder, graph="fused", accuracy_level=accuracy_level, **options)
     return onnx.load(path, load_external_data=False)
-
-
-def torch_logits(model, tokens):
-    with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0].numpy()
-
-
-def random_tokens(count):
-    return torch.randint(0, TOKENS["vocab_size"], (count,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def test_every_model_type_is_tested():

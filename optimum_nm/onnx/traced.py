@@ -59,9 +59,8 @@ class _StoredLinear(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, input: Any, handle: Any, out_features: int) -> Any:
-        sizes = input.type().sizes() or []
         output = g.op(f"{DOMAIN}::{_LINEAR}", input, handle)
-        return output.setType(input.type().with_sizes([*sizes[:-1], out_features]))
+        return output.setType(input.type().with_sizes(_sizes(input, last=out_features, kept=-1)))
 
 
 class _StoredEmbedding(torch.autograd.Function):
@@ -74,9 +73,14 @@ class _StoredEmbedding(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, input: Any, handle: Any, width: int) -> Any:
         output = g.op(f"{DOMAIN}::{_EMBEDDING}", input, handle)
-        sizes = input.type().sizes()
         float_type = input.type().with_dtype(torch.float32)
-        return output.setType(float_type if sizes is None else float_type.with_sizes([*sizes, width]))
+        return output.setType(float_type.with_sizes(_sizes(input, last=width, kept=None)))
+
+
+def _sizes(input: Any, last: int, kept: int | None) -> list[int | None] | None:
+    """The leading sizes of a traced value, `[:kept]`, None where they vary, followed by `last`; None if unknown."""
+    sizes = input.type().varyingSizes()
+    return None if sizes is None else [*sizes[:kept], last]
 
 
 class _HandleLinear(nn.Module):
@@ -162,7 +166,11 @@ def _export(model: PreTrainedModel, onnx_config: Any, path: Path, opset: int | N
 
     with warnings.catch_warnings(), _embeddings_by_handle():
         warnings.simplefilter("ignore")  # what the tracer warns of has been seen to by Optimum's patches
-        export(model, onnx_config, path, opset=opset, disable_dynamic_axes_fix=True)
+        try:
+            export(model, onnx_config, path, opset=opset, disable_dynamic_axes_fix=True)
+        except Exception as error:  # of any kind; OPT's feature-extraction-with-past does not export densely either
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise NMError(f"Optimum's exporter cannot export this {type(model).__name__}: {reason}") from error
 
 
 def _handle_model(checkpoint: PackedCheckpoint) -> tuple[PreTrainedModel, list[StoredModule]]:
