@@ -20,7 +20,11 @@ inline int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multip
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Blocks(const Layout& l) { return (l.in_features + kBlock - 1) / kBlock; }
 
-inline void Prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0); }
+// As an integer: the address may lie past the end of the tensor.
+inline void Prefetch(const void* p) {
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(kPrefetch);
+  _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+}
 
 inline uint64_t Load64(const uint8_t* p) {
   uint64_t value;
@@ -46,12 +50,15 @@ inline float Sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// For every mask of 8 columns, one a byte: `kept` lists its columns, ascending, then zeros; `ranks` has at each kept
-// column the number of kept columns before it, at the others 0x80, which vpshufb turns into zero.
+// For every mask of 8 columns, one a byte: `kept` lists its columns, ascending, then zeros; `kept_high` lists them plus
+// 8 in the last bytes, zeros first, so that eight kept columns of 16 are kept[low] | kept_high[high] with no shift;
+// `ranks` has at each kept column the number of kept columns before it, at the others 0x80, which vpshufb turns into
+// zero.
 struct ByteTables {
   uint64_t kept[256];
+  uint64_t kept_high[256];
   uint64_t ranks[256];
-  constexpr ByteTables() : kept(), ranks() {
+  constexpr ByteTables() : kept(), kept_high(), ranks() {
     for (int mask = 0; mask < 256; ++mask) {
       int count = 0;
       for (int column = 0; column < 8; ++column) {
@@ -62,6 +69,7 @@ struct ByteTables {
           ranks[mask] |= uint64_t{0x80} << (8 * column);
         }
       }
+      if (count > 0) kept_high[mask] = (kept[mask] + 0x0808080808080808) << (8 * (8 - count));
     }
   }
 };
@@ -75,6 +83,12 @@ inline uint64_t ColumnsOfMask(uint32_t mask) {
   const int count = __builtin_popcount(low);
   const uint64_t high = kByteTables.kept[mask >> 8 & 255] + 8 * kEveryByte;
   return kByteTables.kept[low] | (count == 8 ? 0 : high << (8 * count));
+}
+
+// The same from an entry of GetColumnTable.
+inline uint64_t ColumnsOfNibbles(uint32_t nibbles) {
+  const uint32_t low_bits = 0x0f0f0f0f;
+  return (nibbles & low_bits) | static_cast<uint64_t>(nibbles >> 4 & low_bits) << 32;
 }
 
 // Where each of 16 columns finds its value among the values of its block, 0x80 and above where it has none.
@@ -126,7 +140,7 @@ class PositionReader {
       const uint64_t fields = LoadPartial(row + byte, l.position_bytes - byte);
       for (int j = 0; j < 4; ++j) {
         const uint32_t field = static_cast<uint32_t>(fields >> (j * bits) & keep);
-        columns[i + j] = l.bitmap ? ColumnsOfMask(field) : columns_[field];
+        columns[i + j] = l.bitmap ? ColumnsOfMask(field) : ColumnsOfNibbles(columns_[field]);
       }
     }
   }
@@ -175,7 +189,7 @@ class PositionReader {
 
   const Layout& layout_;
   FieldTable table_;
-  const uint64_t* columns_;
+  const uint32_t* columns_;
 };
 
 }  // namespace

@@ -2,6 +2,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(NM_HAVE_X86_KERNELS)
+#include <cpuid.h>
+#endif
+
 #include <initializer_list>
 
 #include "kernels.h"
@@ -18,12 +22,24 @@ struct Registry {
 #if defined(NM_HAVE_X86_KERNELS) || defined(NM_EMULATE_AVX512)
     Append(Avx512Kernels());
 #endif
+#if defined(NM_HAVE_X86_KERNELS)
+    Append(Avx2IntegerRows());
+    Append(Avx2FloatRows());
+#endif
     Append(PortableKernels());
   }
   void Append(KernelList list) {
     for (size_t i = 0; i < list.count && count < kMostKernels; ++i) kernels[count++] = list.kernels[i];
   }
 };
+
+#if defined(NM_HAVE_X86_KERNELS)
+// Clang 14 does not know "f16c" by name.
+bool HasF16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 Isa ReadIsa() {
   const char* name = getenv("OPTIMUM_NM_ISA");
@@ -53,8 +69,8 @@ Isa BestIsa() {
   return Isa::kAvx512;  // the tests' build: intrinsics are plain functions
 #elif defined(NM_HAVE_X86_KERNELS)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c() &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&

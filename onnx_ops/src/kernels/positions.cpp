@@ -43,7 +43,7 @@ Table& TableOf(int n, int m) {
 
 struct ColumnTable {
   std::once_flag filled;
-  uint64_t columns[kLargestTable];
+  uint32_t columns[kLargestTable];
 };
 
 }  // namespace
@@ -89,16 +89,16 @@ FieldTable GetFieldTable(int n, int m) {
   return {table.masks, bits * groups};
 }
 
-const uint64_t* GetColumnTable(int m) {
+const uint32_t* GetColumnTable(int m) {
   static ColumnTable tables[3];
   ColumnTable& table = tables[m == 4 ? 0 : m == 8 ? 1 : 2];
   const FieldTable fields = GetFieldTable(m / 2, m);
   std::call_once(table.filled, [&] {
     for (uint32_t field = 0; field < uint32_t{1} << fields.field_bits; ++field) {
-      uint64_t columns = 0;
+      uint32_t columns = 0;
       int count = 0;
       for (uint32_t mask = fields.masks[field]; mask != 0 && count < 8; mask &= mask - 1, ++count) {
-        columns |= static_cast<uint64_t>(__builtin_ctz(mask)) << (8 * count);
+        columns |= static_cast<uint32_t>(__builtin_ctz(mask)) << (8 * (count % 4) + count / 4 * 4);
       }
       table.columns[field] = columns;
     }

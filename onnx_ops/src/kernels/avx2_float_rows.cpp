@@ -1,0 +1,339 @@
+// AVX2 kernels for few activation rows in float32: one output row at a time, one sequential stream per tensor.
+//
+// Up to three rows times floating-point values of which every second is kept: the activations are compressed, as the
+// four planes of their bytes, which vpshufb can permute (vpermps takes eight of the sixteen columns at once, a gather
+// 20 cycles). Dense values are read in place. Everything else is expanded to a row of float32 and multiplied as if
+// dense.
+#include "avx2_rows.h"
+
+namespace nm {
+namespace {
+
+// Reading in place costs 40 instructions a step for each activation row, expanding 70 and then 16.
+constexpr int64_t kMostPlaneRows = 3;
+
+bool UsesPlanes(const Layout& l, int64_t rows) { return IsHalf(l) && !IsInteger(l.dtype) && rows <= kMostPlaneRows; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packed activations.
+
+struct PackedRows {
+  size_t natural;  // float32 in order
+  size_t planes;   // of each step of 64 columns: their lowest bytes, the next ones, …
+  size_t poison;   // float32 a row: NaN where an activation is not finite, which a pruned column would hide, else 0
+  size_t total;
+};
+
+PackedRows PlanRows(const Layout& l, int64_t rows) {
+  PackedRows p = {};
+  Parts parts;
+  const bool planes = UsesPlanes(l, rows);
+  p.natural = parts.Take(!planes || l.row_outliers > 0 ? rows * NaturalColumns(l) * 4 : 0);
+  p.planes = parts.Take(planes ? rows * PaddedColumns(l) * 4 : 0);
+  p.poison = parts.Take(rows * 4);
+  p.total = parts.total();
+  return p;
+}
+
+// The bytes of 16 floats: 16 lowest ones, … at distances of a step.
+void SplitBytes(const float* a, uint8_t* planes) {
+  const __m128i by_byte = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m128i v[4];
+  for (int i = 0; i < 4; ++i) v[i] = _mm_shuffle_epi8(Load128(a + 4 * i), by_byte);
+  const __m128i low01 = _mm_unpacklo_epi32(v[0], v[1]), low23 = _mm_unpacklo_epi32(v[2], v[3]);
+  const __m128i high01 = _mm_unpackhi_epi32(v[0], v[1]), high23 = _mm_unpackhi_epi32(v[2], v[3]);
+  const __m128i bytes[4] = {_mm_unpacklo_epi64(low01, low23), _mm_unpackhi_epi64(low01, low23),
+                            _mm_unpacklo_epi64(high01, high23), _mm_unpackhi_epi64(high01, high23)};
+  for (int i = 0; i < 4; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(planes + i * kStep), bytes[i]);
+}
+
+void PackPlanes(const Layout& l, const float* a, uint8_t* planes) {
+  for (int64_t column = 0; column < PaddedColumns(l); column += kStep, planes += 4 * kStep) {
+    const float* step = a + column;
+    float padded[kStep];
+    const int64_t inside = l.in_features - column;
+    if (inside < kStep) {
+      memset(padded, 0, sizeof(padded));
+      if (inside > 0) memcpy(padded, step, static_cast<size_t>(inside) * sizeof(float));
+      step = padded;
+    }
+    for (int64_t block = 0; block < kStep; block += kBlock) SplitBytes(step + block, planes + block);
+  }
+}
+
+// 0, or NaN if any of the activations is not finite.
+float PoisonOf(const float* a, int64_t count) {
+  float zeros = 0;
+  const __m256 zero = _mm256_setzero_ps();
+  __m256 sum = zero;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), zero, sum);
+  for (; i < count; ++i) zeros += a[i] * 0.0f;
+  return zeros + Sum(sum);
+}
+
+void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
+  const PackedRows p = PlanRows(l, rows);
+  uint8_t* base = static_cast<uint8_t*>(packed);
+  const bool planes = UsesPlanes(l, rows);
+  for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
+    if (!planes || l.row_outliers > 0) {
+      PackNatural(l, a, reinterpret_cast<float*>(base + p.natural) + row * NaturalColumns(l));
+    }
+    if (planes) PackPlanes(l, a, base + p.planes + row * PaddedColumns(l) * 4);
+    reinterpret_cast<float*>(base + p.poison)[row] = planes ? PoisonOf(a, l.in_features) : 0.0f;
+  }
+}
+
+size_t PackedBytes(const Layout& l, int64_t rows) { return PlanRows(l, rows).total; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Half of the columns are kept. Indices in the order of lanes: a vector of eight activations has four of block 0 and
+// four of block 1, then the next four of both, then blocks 2 and 3. The values are loaded to match.
+
+// The 32 values of a step.
+inline void LaneValues(Float32, const uint8_t* v, __m256 (&values)[4]) {
+  const float* f = reinterpret_cast<const float*>(v);
+  for (int i = 0; i < 4; ++i) {
+    const float* low = f + 16 * (i / 2) + 4 * (i % 2);
+    values[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(low + 8), 1);
+  }
+}
+
+inline void LaneValues(Float16, const uint8_t* v, __m256 (&values)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    const uint8_t* low = v + 32 * (i / 2) + 8 * (i % 2);
+    const __m128d first = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)));
+    const __m128d both = _mm_loadh_pd(first, reinterpret_cast<const double*>(low + 16));
+    values[i] = _mm256_cvtph_ps(_mm_castpd_si128(both));
+  }
+}
+
+inline void LaneValues(Bfloat16, const uint8_t* v, __m256 (&values)[4]) {
+  const __m256i zero = _mm256_setzero_si256();
+  for (int i = 0; i < 2; ++i) {
+    const __m256i words = Load256(v + 32 * i);
+    values[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, words));
+    values[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, words));
+  }
+}
+
+// The 32 kept activations of a step from its planes.
+inline void LaneActivations(const uint8_t* planes, __m256i index, __m256 (&kept)[4]) {
+  __m256i bytes[4];
+  for (int i = 0; i < 4; ++i) {
+    bytes[i] = _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(planes + i * kStep), index),
+                                  _mm256_shuffle_epi8(Load256(planes + i * kStep + 32), index), 0xcc);
+  }
+  const __m256i low[2] = {_mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[0], bytes[1])};
+  const __m256i high[2] = {_mm256_unpacklo_epi8(bytes[2], bytes[3]), _mm256_unpackhi_epi8(bytes[2], bytes[3])};
+  for (int i = 0; i < 2; ++i) {
+    kept[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+    kept[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
+  }
+}
+
+template <class Type, class Pairs, int R>
+void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs,
+               const uint8_t* planes, int64_t planes_stride, __m256 (&sums)[R][4]) {
+  constexpr int64_t kStepBytes = kStep / 2 * Type::kBytes;
+  Indices next = Pairs::Load(positions, table);
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    Indices now = next;
+    next = Pairs::Load(positions + Min(pair + 1, pairs - 1) * Pairs::kBytes, table);
+    Separate(next, now);
+    if (pair % 4 == 0) Prefetch(positions + pair * Pairs::kBytes);
+    for (int step = 0; step < 2; ++step, values += kStepBytes, planes += 4 * kStep) {
+      for (int64_t i = 0; i < kStepBytes; i += 64) Prefetch(values + i);
+      __m256 w[4], a[4];
+      LaneValues(Type(), values, w);
+      for (int r = 0; r < R; ++r) {
+        LaneActivations(planes + r * planes_stride, step == 0 ? now.first : now.second, a);
+        for (int i = 0; i < 4; ++i) sums[r][i] = _mm256_fmadd_ps(w[i], a[i], sums[r][i]);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Values of every column times R activation rows in order. Up to padded_columns are multiplied: the rest of values is
+// read as zeros.
+
+constexpr int64_t kTurn = 32;  // columns
+
+template <class Type, int R>
+void DenseTurn(const uint8_t* values, const float* a, int64_t a_stride, __m256 (&sums)[R][4]) {
+  for (int i = 0; i < 4; ++i) {
+    const __m256 w = Type::Load8(values + 8 * i * Type::kBytes);
+    for (int r = 0; r < R; ++r) {
+      sums[r][i] = _mm256_fmadd_ps(w, _mm256_loadu_ps(a + r * a_stride + 8 * i), sums[r][i]);
+    }
+  }
+}
+
+template <class Type, int R>
+void DenseColumns(const uint8_t* values, int64_t columns, const float* a, int64_t a_stride, __m256 (&sums)[R][4]) {
+  constexpr int64_t kBytes = kTurn * Type::kBytes;
+  int64_t column = 0;
+  for (; column + kTurn <= columns; column += kTurn, values += kBytes) {
+    for (int64_t i = 0; i < kBytes; i += 64) Prefetch(values + i);
+    DenseTurn<Type>(values, a + column, a_stride, sums);
+  }
+  if (column < columns) {
+    uint8_t padded[kBytes] = {};
+    memcpy(padded, values, static_cast<size_t>((columns - column) * Type::kBytes));
+    DenseTurn<Type>(padded, a + column, a_stride, sums);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// All of it.
+
+struct Scratch {
+  size_t floats;  // an output row expanded to float32
+  size_t bytes;   // one of integers as signed bytes
+  size_t values;  // its stored values as signed bytes
+  size_t total;
+};
+
+Scratch PlanScratch(const Layout& l, int64_t rows) {
+  Scratch s = {};
+  Parts parts;
+  const bool integers = IsInteger(l.dtype);
+  const bool expanded = integers || (!l.dense && !UsesPlanes(l, rows));
+  s.floats = parts.Take(expanded ? PaddedColumns(l) * 4 : 0);
+  s.bytes = parts.Take(integers ? PaddedColumns(l) : 0);
+  s.values = parts.Take(integers && !l.dense ? SignedValuesBytes(l) : 0);
+  s.total = parts.total();
+  return s;
+}
+
+size_t ScratchBytes(const Layout& l, int64_t rows) { return PlanScratch(l, rows).total; }
+
+struct Call {
+  const Layout& l;
+  int64_t rows;
+  const uint8_t* packed;
+  PackedRows plan;
+  uint8_t* scratch;
+  Scratch parts;
+  PositionReader reader;
+  const uint32_t* table;
+
+  const float* Natural(int64_t row) const {
+    return reinterpret_cast<const float*>(packed + plan.natural) + row * NaturalColumns(l);
+  }
+  float Poison(int64_t row) const { return reinterpret_cast<const float*>(packed + plan.poison)[row]; }
+};
+
+template <int R>
+void Store(const Call& c, int64_t output, int64_t row, const __m256 (&sums)[R][4], float* y, int64_t y_stride) {
+  for (int r = 0; r < R; ++r) {
+    float sum = Sum(_mm256_add_ps(_mm256_add_ps(sums[r][0], sums[r][1]), _mm256_add_ps(sums[r][2], sums[r][3])));
+    if (c.l.row_outliers > 0) sum += OutlierDot(c.l, output, c.Natural(row + r));
+    y[(row + r) * y_stride] = sum + c.Poison(row + r);
+  }
+}
+
+template <class Type, class Pairs>
+void HalfOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
+  const Layout& l = c.l;
+  const uint8_t* positions = l.positions + output * l.position_bytes;
+  const uint8_t* values = l.values + output * l.value_bytes;
+  const int64_t whole = l.in_features / kPair;
+  const int64_t whole_bytes = whole * kPair / 2 * Type::kBytes;
+  uint8_t tail_positions[16], tail_values[kPair / 2 * Type::kBytes];
+  if (whole * kPair < l.in_features) {
+    CopyTailPositions(l, output, whole * Pairs::kBytes, tail_positions);
+    memset(tail_values, 0, sizeof(tail_values));
+    memcpy(tail_values, values + whole_bytes, static_cast<size_t>(l.value_bytes - whole_bytes));
+  }
+  ForRows(c.rows, [&](auto count, int64_t row) {
+    constexpr int R = decltype(count)::value;
+    const int64_t stride = PaddedColumns(l) * 4;
+    const uint8_t* planes = c.packed + c.plan.planes + row * stride;
+    __m256 sums[R][4];
+    for (auto& lanes : sums) {
+      for (__m256& lane : lanes) lane = _mm256_setzero_ps();
+    }
+    if (whole > 0) HalfPairs<Type, Pairs>(positions, c.table, values, whole, planes, stride, sums);
+    if (whole * kPair < l.in_features) {
+      HalfPairs<Type, Pairs>(tail_positions, c.table, tail_values, 1, planes + whole * kPair * 4, stride, sums);
+    }
+    Store(c, output, row, sums, y, y_stride);
+  });
+}
+
+template <class Type>
+void DenseOutput(const Call& c, int64_t output, const uint8_t* values, int64_t columns, float* y, int64_t y_stride) {
+  ForRows(c.rows, [&](auto count, int64_t row) {
+    constexpr int R = decltype(count)::value;
+    __m256 sums[R][4];
+    for (auto& lanes : sums) {
+      for (__m256& lane : lanes) lane = _mm256_setzero_ps();
+    }
+    DenseColumns<Type>(values, columns, c.Natural(row), NaturalColumns(c.l), sums);
+    Store(c, output, row, sums, y, y_stride);
+  });
+}
+
+template <class Type>
+void FloatOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
+  const Layout& l = c.l;
+  if (l.dense) {
+    return DenseOutput<Type>(c, output, l.values + output * l.value_bytes, l.in_features, y, y_stride);
+  }
+  if (UsesPlanes(l, c.rows)) {
+    const auto half = l.bitmap   ? HalfOutput<Type, MaskPairs<Order::kLanes>>
+                      : l.m == 4 ? HalfOutput<Type, CodePairs<12, Order::kLanes>>
+                                 : HalfOutput<Type, CodePairs<14, Order::kLanes>>;
+    return half(c, output, y, y_stride);
+  }
+  float* floats = reinterpret_cast<float*>(c.scratch + c.parts.floats);
+  ExpandFloats<Type>(l, c.reader, output, floats);
+  DenseOutput<Float32>(c, output, c.scratch + c.parts.floats, PaddedColumns(l), y, y_stride);
+}
+
+void IntegerOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
+  uint8_t* bytes = c.scratch + c.parts.bytes;
+  ExpandSigned(c.l, c.reader, output, c.scratch + c.parts.values, bytes);
+  ScaleSigned(c.l, output, bytes, reinterpret_cast<float*>(c.scratch + c.parts.floats));
+  DenseOutput<Float32>(c, output, c.scratch + c.parts.floats, PaddedColumns(c.l), y, y_stride);
+}
+
+template <void (*output_kernel)(const Call&, int64_t, float*, int64_t)>
+void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
+         int64_t y_stride) {
+  const Call call = {l,
+                     rows,
+                     static_cast<const uint8_t*>(packed),
+                     PlanRows(l, rows),
+                     static_cast<uint8_t*>(scratch),
+                     PlanScratch(l, rows),
+                     PositionReader(l),
+                     IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr};
+  for (int64_t output = first; output < last; ++output) output_kernel(call, output, y + output - first, y_stride);
+}
+
+template <int dtype>
+bool Supports(const Layout& l) {
+  return l.dtype == dtype && l.in_features <= INT32_MAX - 1024 && (l.row_scales <= 1 || l.scale_columns % 8 == 0);
+}
+
+constexpr int64_t kAny = INT64_MAX;
+constexpr Kernel kKernels[] = {
+    {"float32 rows", Isa::kAvx2, false, kAny, Supports<NM_FLOAT32>, PackedBytes, PackRows, ScratchBytes,
+     Run<FloatOutput<Float32>>},
+    {"float16 rows", Isa::kAvx2, false, kAny, Supports<NM_FLOAT16>, PackedBytes, PackRows, ScratchBytes,
+     Run<FloatOutput<Float16>>},
+    {"bfloat16 rows", Isa::kAvx2, false, kAny, Supports<NM_BFLOAT16>, PackedBytes, PackRows, ScratchBytes,
+     Run<FloatOutput<Bfloat16>>},
+    {"int8 rows", Isa::kAvx2, false, kAny, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes, Run<IntegerOutput>},
+    {"int4 rows", Isa::kAvx2, false, kAny, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes, Run<IntegerOutput>},
+};
+
+}  // namespace
+
+KernelList Avx2FloatRows() { return {kKernels, sizeof(kKernels) / sizeof(kKernels[0])}; }
+
+}  // namespace nm

@@ -1,0 +1,422 @@
+// AVX2 kernels for int8 and int4 weights and few activation rows, rounded to int8 by blocks: one output row at a time,
+// one sequential stream per tensor, 128 columns a turn.
+#include "avx2_rows.h"
+
+namespace nm {
+namespace {
+
+// Columns of one scale of the activations, and of one integer sum.
+int64_t UnitColumns(const Layout& l) {
+  if (l.row_scales == 1 || l.scale_columns % 128 == 0) return 128;
+  return l.scale_columns % 64 == 0 ? 64 : 32;
+}
+
+int64_t PaddedUnits(const Layout& l) { return RoundUp(PaddedColumns(l) / UnitColumns(l), 8); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packed activations.
+
+struct PackedRows {
+  size_t natural;  // float32, for outliers
+  size_t bytes;    // int8
+  size_t scales;   // float32 a unit
+  size_t total;
+};
+
+PackedRows PlanRows(const Layout& l, int64_t rows) {
+  PackedRows p = {};
+  Parts parts;
+  p.natural = parts.Take(l.row_outliers > 0 ? rows * NaturalColumns(l) * 4 : 0);
+  p.bytes = parts.Take(rows * PaddedColumns(l));
+  p.scales = parts.Take(rows * PaddedUnits(l) * 4);
+  p.total = parts.total();
+  return p;
+}
+
+// Rounds a unit to int8 with its own scale. Activations that are not finite make the scale NaN, and so the outputs.
+float PackUnit(const float* a, int64_t columns, uint8_t* bytes) {
+  __m256i magnitudes = _mm256_setzero_si256();  // of floats as integers, which order alike
+  for (int64_t i = 0; i < columns; i += 8) {
+    magnitudes = _mm256_max_epu32(magnitudes, _mm256_and_si256(Load256(a + i), _mm256_set1_epi32(0x7fffffff)));
+  }
+  __m128i most_bits = _mm_max_epu32(_mm256_castsi256_si128(magnitudes), _mm256_extracti128_si256(magnitudes, 1));
+  most_bits = _mm_max_epu32(most_bits, _mm_unpackhi_epi64(most_bits, most_bits));
+  most_bits = _mm_max_epu32(most_bits, _mm_srli_epi64(most_bits, 32));
+  const float most = _mm_cvtss_f32(_mm_castsi128_ps(most_bits));
+  const bool finite = static_cast<uint32_t>(_mm_cvtsi128_si32(most_bits)) < 0x7f800000u;
+  if (!finite || most <= 0x1p-120f) {
+    memset(bytes, 0, static_cast<size_t>(columns));
+    return finite ? 0.0f : __builtin_nanf("");
+  }
+  const __m128 inverse = _mm_set1_ps(127.0f / most);
+  const auto round = [inverse](const float* four) { return _mm_cvtps_epi32(_mm_mul_ps(_mm_load_ps(four), inverse)); };
+  for (int64_t i = 0; i < columns; i += kBlock) {
+    const __m128i low = _mm_packs_epi32(round(a + i), round(a + i + 4));
+    const __m128i high = _mm_packs_epi32(round(a + i + 8), round(a + i + 12));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), _mm_packs_epi16(low, high));
+  }
+  return most / 127.0f;
+}
+
+// Where half of the columns are kept, blocks 1 and 2 of a step change places: one look-up takes blocks 0 and 2 in its
+// two lanes, the next blocks 1 and 3.
+void SwapMiddleBlocks(uint8_t* step) {
+  const __m128i first = Load128(step + kBlock), second = Load128(step + 2 * kBlock);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(step + kBlock), second);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(step + 2 * kBlock), first);
+}
+
+void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
+  const PackedRows p = PlanRows(l, rows);
+  uint8_t* base = static_cast<uint8_t*>(packed);
+  const int64_t unit = UnitColumns(l);
+  for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
+    if (l.row_outliers > 0) PackNatural(l, a, reinterpret_cast<float*>(base + p.natural) + row * NaturalColumns(l));
+    uint8_t* bytes = base + p.bytes + row * PaddedColumns(l);
+    float* scales = reinterpret_cast<float*>(base + p.scales) + row * PaddedUnits(l);
+    memset(scales, 0, static_cast<size_t>(PaddedUnits(l)) * sizeof(float));
+    for (int64_t column = 0; column < l.in_features; column += kPair) {
+      alignas(32) float padded[kPair] = {};
+      memcpy(padded, a + column, static_cast<size_t>(Min(kPair, l.in_features - column)) * sizeof(float));
+      for (int64_t i = 0; i < kPair; i += unit) {
+        scales[(column + i) / unit] = PackUnit(padded + i, unit, bytes + column + i);
+      }
+      if (IsHalf(l)) SwapMiddleBlocks(bytes + column);
+      if (IsHalf(l)) SwapMiddleBlocks(bytes + column + kStep);
+    }
+  }
+}
+
+size_t PackedBytes(const Layout& l, int64_t rows) { return PlanRows(l, rows).total; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products of 32 values and 32 activations, as sums of pairs (16 bits) or fours (32 bits).
+
+__m256i SumPairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+
+// vpmaddubsw wants one unsigned factor. |w| · (sign of w · a) cannot saturate: 128 · 127 · 2 is below 2^15.
+__m256i SignedProducts(__m256i w, __m256i a) {
+  return SumPairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
+}
+
+// (u - 8) · a for u below 16, sums of pairs: taking 8 · a off costs less than the signs of u - 8.
+__m256i NibbleProducts(__m256i u, __m256i a) {
+  return _mm256_sub_epi16(_mm256_maddubs_epi16(u, a), _mm256_maddubs_epi16(_mm256_set1_epi8(8), a));
+}
+
+__m256i LowNibbles(__m256i packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
+__m256i HighNibbles(__m256i packed) { return LowNibbles(_mm256_srli_epi16(packed, 4)); }
+
+// The kinds of stored values. Each multiplies 64 values by the activations a[0] (the first 32) and a[1], for R rows, to
+// one sum of all or one for each half.
+struct Signed {  // bytes that were unpacked before
+  static constexpr int kBytes = 64;
+  template <bool joined, int R>
+  static void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+    MultiplySigned<joined>(Load256(v), Load256(v + 32), a, sums);
+  }
+  template <bool joined, int R>
+  static void MultiplySigned(__m256i w0, __m256i w1, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+    for (int r = 0; r < R; ++r) {
+      sums[r][0] = SignedProducts(w0, a[r][0]);
+      sums[r][1] = SignedProducts(w1, a[r][1]);
+      if (joined) sums[r][0] = _mm256_add_epi32(sums[r][0], sums[r][1]);
+    }
+  }
+};
+
+struct Int8 {
+  static constexpr int kBytes = 64;
+  template <bool joined, int R>
+  static void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+    Signed::MultiplySigned<joined>(SignedOfInt8(Load256(v)), SignedOfInt8(Load256(v + 32)), a, sums);
+  }
+};
+
+struct Int4 {
+  static constexpr int kBytes = 32;
+  template <bool joined, int R>
+  static void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+    const __m256i packed = Load256(v);
+    const __m256i u0 = LowNibbles(packed), u1 = HighNibbles(packed);
+    for (int r = 0; r < R; ++r) {
+      const __m256i first = NibbleProducts(u0, a[r][0]);
+      const __m256i second = NibbleProducts(u1, a[r][1]);
+      sums[r][0] = SumPairs(joined ? _mm256_add_epi16(first, second) : first);
+      if (!joined) sums[r][1] = SumPairs(second);
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One output row times R activation rows, some pairs of steps of it.
+
+template <int R>
+struct Rows {
+  const uint8_t* a;  // at the first pair
+  int64_t a_stride;
+  const float* products;  // scale of the weights times scale of the activations, a unit; at the first pair
+  int64_t products_stride;
+  __m256 totals[R];
+
+  void Add(int r, __m256i sums, __m256 scale) {
+    totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, totals[r]);
+  }
+  __m256 Scale(int r, int64_t unit) const { return _mm256_broadcast_ss(products + r * products_stride + unit); }
+  // Two neighbouring scales in the lanes that `which` names.
+  __m256 TwoScales(int r, int64_t unit, __m256i which) const {
+    const float* two = products + r * products_stride + unit;
+    return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(two))), which);
+  }
+};
+
+// Positions: indices of vpshufb. The lanes of a sum are the first and the last 32 columns of its step.
+template <class Pairs, class Values, int unit, int R>
+void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs, Rows<R>& rows) {
+  constexpr bool joined = unit == 128;
+  const __m256i by_lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  Indices next = Pairs::Load(positions, table);
+  const uint8_t* a = rows.a;
+  for (int64_t pair = 0; pair < pairs; ++pair, a += kPair) {
+    Indices now = next;
+    next = Pairs::Load(positions + Min(pair + 1, pairs - 1) * Pairs::kBytes, table);
+    Separate(next, now);
+    if (Values::kBytes == 64 || pair % 2 == 0) Prefetch(values + pair * Values::kBytes);
+    if (pair % 4 == 0) Prefetch(positions + pair * Pairs::kBytes);
+    __m256i kept[R][2], sums[R][2];
+    for (int r = 0; r < R; ++r) {
+      const auto pick = [&rows, a, r](__m256i index, int64_t column) {
+        const uint8_t* from = a + r * rows.a_stride + column;
+        return _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(from), index),
+                                  _mm256_shuffle_epi8(Load256(from + 32), index), 0xcc);
+      };
+      kept[r][0] = pick(now.first, 0);
+      kept[r][1] = pick(now.second, kStep);
+    }
+    Values::template Multiply<joined>(values + pair * Values::kBytes, kept, sums);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (unit == 128) {
+        rows.Add(r, sums[r][0], rows.Scale(r, pair));
+      } else if constexpr (unit == 64) {
+        rows.Add(r, sums[r][0], rows.Scale(r, 2 * pair));
+        rows.Add(r, sums[r][1], rows.Scale(r, 2 * pair + 1));
+      } else {
+        rows.Add(r, sums[r][0], rows.TwoScales(r, 4 * pair, by_lane));
+        rows.Add(r, sums[r][1], rows.TwoScales(r, 4 * pair + 2, by_lane));
+      }
+    }
+  }
+}
+
+// Every column has a value. The two sums of a step are its first and last 32 columns.
+template <class Values, int unit, int R>
+void DensePairs(const uint8_t* values, int64_t pairs, Rows<R>& rows) {
+  constexpr bool joined = unit >= 64;
+  const __m256i by_half = _mm256_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1);  // as vphaddd leaves them
+  const uint8_t* a = rows.a;
+  for (int64_t step = 0; step < 2 * pairs; ++step, a += kStep) {
+    Prefetch(values + step * Values::kBytes);
+    __m256i columns[R][2], sums[R][2];
+    for (int r = 0; r < R; ++r) {
+      columns[r][0] = Load256(a + r * rows.a_stride);
+      columns[r][1] = Load256(a + r * rows.a_stride + 32);
+    }
+    Values::template Multiply<joined>(values + step * Values::kBytes, columns, sums);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (joined) {
+        rows.Add(r, sums[r][0], rows.Scale(r, unit == 128 ? step / 2 : step));
+      } else {
+        rows.Add(r, _mm256_hadd_epi32(sums[r][0], sums[r][1]), rows.TwoScales(r, 2 * step, by_half));
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// All of it.
+
+struct Scratch {
+  size_t scales;    // float32 a unit of an output row
+  size_t products;  // the same times the scales of four activation rows
+  size_t indices;   // of vpshufb, for more than four activation rows
+  size_t bytes;     // an output row expanded to signed bytes
+  size_t values;    // its stored values as signed bytes
+  size_t total;
+};
+
+Scratch PlanScratch(const Layout& l, int64_t rows) {
+  const bool general = !l.dense && !IsHalf(l);
+  Scratch s = {};
+  Parts parts;
+  s.scales = parts.Take(PaddedUnits(l) * 4);
+  s.products = parts.Take(4 * PaddedUnits(l) * 4);
+  s.indices = parts.Take(IsHalf(l) && rows > 4 ? PaddedColumns(l) / 2 : 0);
+  s.bytes = parts.Take(general ? PaddedColumns(l) : 0);
+  s.values = parts.Take(general ? SignedValuesBytes(l) : 0);
+  s.total = parts.total();
+  return s;
+}
+
+size_t ScratchBytes(const Layout& l, int64_t rows) { return PlanScratch(l, rows).total; }
+
+// The float16 scales of an output row, one for each unit, zero in the padding.
+void UnitScales(const Layout& l, int64_t output, float* scales) {
+  const int64_t unit = UnitColumns(l);
+  const int64_t units = (l.in_features + unit - 1) / unit;
+  const uint8_t* halves = l.scales + output * l.row_scales * 2;
+  Prefetch(halves);
+  int64_t i = 0;
+  if (l.scale_columns == unit) {
+    for (; i + 8 <= units; i += 8) _mm256_store_ps(scales + i, _mm256_cvtph_ps(Load128(halves + 2 * i)));
+  }
+  for (; i < units; ++i) scales[i] = ScaleOf(l, output, i * unit / l.scale_columns);
+  for (; i < PaddedUnits(l); ++i) scales[i] = 0.0f;
+}
+
+// Runs a piece of work for one output row and R activation rows from `row` on.
+template <class Values, class Pairs, int unit>
+class Outputs {
+ public:
+  Outputs(const Layout& l, int64_t rows, const uint8_t* packed, uint8_t* scratch)
+      : l_(l),
+        rows_(rows),
+        packed_(packed),
+        plan_(PlanRows(l, rows)),
+        scratch_(scratch),
+        parts_(PlanScratch(l, rows)),
+        reader_(l),
+        table_(IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr) {}
+
+  void Run(int64_t first, int64_t last, float* y, int64_t y_stride) {
+    float* scales = reinterpret_cast<float*>(scratch_ + parts_.scales);
+    for (int64_t output = first; output < last; ++output) {
+      UnitScales(l_, output, scales);
+      PrepareTail(output);
+      if (!l_.dense && !IsHalf(l_)) {
+        ExpandSigned(l_, reader_, output, scratch_ + parts_.values, scratch_ + parts_.bytes);
+      }
+      const bool stored = IsHalf(l_) && rows_ > 4;
+      if (stored) StorePairs<Pairs>(Positions(output), WholePairs(), table_, scratch_ + parts_.indices);
+      ForRows(rows_, [&](auto count, int64_t row) {
+        constexpr int R = decltype(count)::value;
+        float sums[R];
+        if (stored) {
+          Multiply<StoredPairs, R>(scratch_ + parts_.indices, output, row, sums);
+        } else {
+          Multiply<Pairs, R>(Positions(output), output, row, sums);
+        }
+        for (int r = 0; r < R; ++r) {
+          if (l_.row_outliers > 0) sums[r] += OutlierDot(l_, output, Natural(row + r));
+          y[(row + r) * y_stride + output - first] = sums[r];
+        }
+      });
+    }
+  }
+
+ private:
+  const Layout& l_;
+  const int64_t rows_;
+  const uint8_t* packed_;
+  const PackedRows plan_;
+  uint8_t* scratch_;
+  const Scratch parts_;
+  const PositionReader reader_;
+  const uint32_t* table_;
+  alignas(64) uint8_t tail_positions_[16];
+  alignas(64) uint8_t tail_values_[kPair + 64];
+
+  int64_t WholePairs() const { return l_.in_features / kPair; }
+  const uint8_t* Positions(int64_t output) const { return l_.positions + output * l_.position_bytes; }
+  const float* Natural(int64_t row) const {
+    return reinterpret_cast<const float*>(packed_ + plan_.natural) + row * NaturalColumns(l_);
+  }
+
+  // Copies what follows the whole pairs, so that it can be read like one.
+  void PrepareTail(int64_t output) {
+    const int64_t whole = WholePairs();
+    if (whole * kPair == l_.in_features || (!l_.dense && !IsHalf(l_))) return;
+    const int64_t first = l_.dense ? whole * kPair : whole * kPair / 2;
+    memset(tail_values_, 0, sizeof(tail_values_));
+    UnpackSigned(l_, l_.values + output * l_.value_bytes, first, l_.row_values, tail_values_);
+    if (!l_.dense) CopyTailPositions(l_, output, whole * Pairs::kBytes, tail_positions_);
+  }
+
+  // Weight scales times the scales of R activation rows.
+  template <int R>
+  void ScaleProducts(int64_t row, float* products) const {
+    const float* weights = reinterpret_cast<const float*>(scratch_ + parts_.scales);
+    const float* rows = reinterpret_cast<const float*>(packed_ + plan_.scales) + row * PaddedUnits(l_);
+    for (int64_t i = 0; i < R * PaddedUnits(l_); i += PaddedUnits(l_)) {
+      for (int64_t u = 0; u < PaddedUnits(l_); u += 8) {
+        const __m256 scales = _mm256_mul_ps(_mm256_load_ps(weights + u), _mm256_load_ps(rows + i + u));
+        _mm256_store_ps(products + i + u, scales);
+      }
+    }
+  }
+
+  template <class Source, int R>
+  void Multiply(const uint8_t* positions, int64_t output, int64_t row, float* sums) const {
+    float* products = reinterpret_cast<float*>(scratch_ + parts_.products);
+    ScaleProducts<R>(row, products);
+    const uint8_t* values = l_.values + output * l_.value_bytes;
+    Rows<R> rows = {packed_ + plan_.bytes + row * PaddedColumns(l_), PaddedColumns(l_), products, PaddedUnits(l_), {}};
+    for (__m256& total : rows.totals) total = _mm256_setzero_ps();
+    const int64_t whole = WholePairs();
+    if (!l_.dense && !IsHalf(l_)) {
+      DensePairs<Signed, unit>(scratch_ + parts_.bytes, PaddedColumns(l_) / kPair, rows);
+    } else {
+      if (l_.dense) {
+        DensePairs<Values, unit>(values, whole, rows);
+      } else if (whole > 0) {
+        HalfPairs<Source, Values, unit>(positions, table_, values, whole, rows);
+      }
+      if (whole * kPair < l_.in_features) {
+        rows.a += whole * kPair;
+        rows.products += whole * kPair / unit;
+        if (l_.dense) {
+          DensePairs<Signed, unit>(tail_values_, 1, rows);
+        } else {
+          HalfPairs<Pairs, Signed, unit>(tail_positions_, table_, tail_values_, 1, rows);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) sums[r] = Sum(rows.totals[r]);
+  }
+};
+
+template <class Values, class Pairs>
+void RunUnits(const Layout& l, int64_t rows, const uint8_t* packed, int64_t first, int64_t last, uint8_t* scratch,
+              float* y, int64_t y_stride) {
+  const int64_t unit = UnitColumns(l);
+  if (unit == 128) return Outputs<Values, Pairs, 128>(l, rows, packed, scratch).Run(first, last, y, y_stride);
+  if (unit == 64) return Outputs<Values, Pairs, 64>(l, rows, packed, scratch).Run(first, last, y, y_stride);
+  Outputs<Values, Pairs, 32>(l, rows, packed, scratch).Run(first, last, y, y_stride);
+}
+
+template <class Values>
+void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
+         int64_t y_stride) {
+  const bool twelve = l.m == 4;  // four codes of 2:4 make 12 bits, the others' 14
+  const auto run = l.bitmap ? RunUnits<Values, MaskPairs<Order::kValues>>
+                   : twelve ? RunUnits<Values, CodePairs<12, Order::kValues>>
+                            : RunUnits<Values, CodePairs<14, Order::kValues>>;
+  run(l, rows, static_cast<const uint8_t*>(packed), first, last, static_cast<uint8_t*>(scratch), y, y_stride);
+}
+
+template <int dtype>
+bool Supports(const Layout& l) {
+  return l.dtype == dtype && l.in_features <= INT32_MAX - 1024 && (l.row_scales == 1 || l.scale_columns % 32 == 0);
+}
+
+constexpr Kernel kKernels[] = {
+    {"int8 rows, int8 activations", Isa::kAvx2, true, INT64_MAX, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes,
+     Run<Int8>},
+    {"int4 rows, int8 activations", Isa::kAvx2, true, INT64_MAX, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes,
+     Run<Int4>},
+};
+
+}  // namespace
+
+KernelList Avx2IntegerRows() { return {kKernels, sizeof(kKernels) / sizeof(kKernels[0])}; }
+
+}  // namespace nm
