@@ -134,7 +134,7 @@ def optimize(tokenizer, text, folder, finetune, architecture="Llama", **options)
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
-        ("Llama", {"outliers": "2:32", "solver": "admm"}),
+        ("Llama", {"outliers": "2:32"}),
         ("GPT2", {"weight_dtype": "int4"}),
         ("Qwen2", {"weight_dtype": "int8", "equalization_mode": "fold", "exclude": ["lm_head", "*.v_proj"]}),
     ],

@@ -1,17 +1,22 @@
 """Solvers against exhaustive and closed-form optima, and against choosing by score alone."""
 
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 
 from optimum_nm.config import LayerConfig, NMConfig
+from optimum_nm.nn.convert import linear_layers
 from optimum_nm.nn.linear import NMLinear
 from optimum_nm.optimizer import NMOptimizer
 from optimum_nm.packing.packed_weight import PackedWeight
 from optimum_nm.patterns import NMPattern, OutlierPattern
+from optimum_nm.sparsify.layer import solve_layer
 from optimum_nm.sparsify.mask import best_masks, best_support, choose_masks
 from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, quantize_solution
+from optimum_nm.sparsify.statistics import StatisticsCollector
 
 
 def layer_config(pattern, outliers=None, dtype="float16", group_size=32):
@@ -219,3 +224,31 @@ def test_optimizer_runs_the_solver(solver, dtype, tiny_llama_folder, text, tmp_p
         assert isinstance(optimizer.model.model.layers[0].mlp.up_proj, NMLinear)
         errors[name] = summary.by_type()["all"]["relative_error"]
     assert errors[solver] < errors["mask"]
+
+
+@pytest.fixture(scope="module")
+def real_layers():
+    """{name: (weight, statistics)} of the linear layers of a block in the middle of SmolLM2-135M, on an article."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from demo_data import smollm2, wikipedia_articles
+
+    folder, file = smollm2()
+    optimizer = NMOptimizer.from_pretrained(folder, gguf_file=file, dtype="float32")
+    linears = linear_layers(optimizer.model.model.layers[14])
+    tokens = optimizer.tokenizer(wikipedia_articles()[0][0])["input_ids"][:2048]
+    with torch.no_grad(), StatisticsCollector(linears, with_gram=True, batches=1, seed=0) as collector:
+        optimizer.model(torch.tensor([tokens]), logits_to_keep=1)
+    return {name: (linears[name].weight.detach(), found) for name, found in collector.statistics().items()}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("outliers", [None, "16:256"])
+def test_no_layer_of_a_real_block_is_worse_than_by_score(solver, outliers, real_layers):
+    for name, (weight, statistics) in real_layers.items():
+        errors = {}
+        for method in ("mask", solver):
+            config = NMConfig(solver=method, outliers=outliers)
+            solution = solve_layer(weight, statistics, config.layer(name), config, equalized=False)
+            errors[method] = error(weight, solution.weight, statistics.gram)
+        assert errors[solver] < 0.8 * errors["mask"], name
