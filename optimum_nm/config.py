@@ -201,9 +201,9 @@ class NMConfig:
             raise NMError(f"{folder} holds neither nm_config.json nor config.json.")
         try:
             values = json.loads(path.read_text())
-        except ValueError as error:
-            raise NMError(f"{path} is not valid JSON ({error}).") from None
-        if path is model:
+        except (OSError, ValueError, RecursionError) as error:
+            raise NMError(f"{path} is not readable JSON ({error}).") from None
+        if path is model and isinstance(values, dict):
             values = values.get("quantization_config")
         if not isinstance(values, dict):
             raise NMError(f"{path} has no quantization_config; it is not a packed checkpoint.")

@@ -33,7 +33,7 @@ class NMModelForCausalLM:
         where = {name: kwargs[name] for name in (*places, "trust_remote_code") if name in kwargs}
         try:
             config = AutoConfig.from_pretrained(model_name_or_path, **where)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # transformers says in many ways that it cannot read a config.json
             raise NMError(f"{model_name_or_path} cannot be loaded as a model: {_first_line(error)}") from None
         method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
         if method != QUANT_METHOD:

@@ -42,8 +42,8 @@ class PackedCheckpoint:
             raise NMError(f"{self.folder} holds no config.json; it is not a checkpoint folder.")
         try:
             model_config = json.loads(path.read_text())
-        except ValueError as error:
-            raise NMError(f"{path} is not valid JSON ({error}).") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise NMError(f"{path} is not readable JSON ({error}).") from None
         if not isinstance(model_config, dict) or "quantization_config" not in model_config:
             raise NMError(f"{path} has no quantization_config; it is not a packed checkpoint.")
         return model_config

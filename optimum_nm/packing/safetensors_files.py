@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 
@@ -57,9 +59,9 @@ def read_header(file: Path) -> dict[str, TensorLocation]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise NMError(f"{file} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        if isinstance(error, NMError):
-            raise
+    except NMError:
+        raise
+    except (ValueError, RecursionError):
         raise NMError(f"{file} has a header that is not valid JSON; it is not a safetensors file.") from None
     if not isinstance(header, dict):
         raise NMError(f"{file} has a header that is not a JSON object; it is not a safetensors file.")
@@ -68,18 +70,25 @@ def read_header(file: Path) -> dict[str, TensorLocation]:
 
 
 def _location(file: Path, size: int, data_start: int, name: str, entry: object) -> TensorLocation:
-    try:
-        assert isinstance(entry, dict)
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        assert all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
-        expected = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-    except (AssertionError, KeyError, TypeError, ValueError, OverflowError, RuntimeError):
-        raise NMError(f"{file} describes tensor {name!r} in a way safetensors does not allow: {entry!r}.") from None
+    if not _is_well_formed(entry):
+        raise NMError(f"{file} describes tensor {name!r} in a way safetensors does not allow: {entry!r}.")
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
         raise NMError(f"{file} gives tensor {name!r} {end - begin} bytes; {dtype} {shape} takes {expected}.")
     if data_start + end > size:
         raise NMError(f"{file} is truncated: tensor {name!r} ends at byte {data_start + end} of {size}.")
     return TensorLocation(file, data_start + begin, end - begin, dtype, shape)
+
+
+def _is_well_formed(entry: object) -> TypeGuard[dict[str, Any]]:
+    """A known dtype, a shape, and two offsets, all numbers whole, not negative and below 2^63."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets))
 
 
 def locate_tensors(folder: Path) -> dict[str, TensorLocation]:
@@ -97,7 +106,7 @@ def locate_tensors(folder: Path) -> dict[str, TensorLocation]:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = sorted(set(weight_map.values()))
         unsafe = [name for name in files if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise NMError(f"{index} has no readable weight_map.") from None
     if unsafe:
         raise NMError(f"{index} names {unsafe[0]!r}; a shard must lie in the same folder.")
