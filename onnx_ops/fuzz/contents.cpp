@@ -20,9 +20,9 @@ struct Header {
   Product product;
 };
 
-// One byte of one tensor, set to a value.
+// One byte of one tensor, or all of them, set to a value.
 struct Edit {
-  uint8_t tensor;
+  uint8_t tensor;  // its highest bit: all bytes
   uint8_t value;
   uint16_t offset;
 };
@@ -63,8 +63,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (size_t at = sizeof(header); at + sizeof(nm_fuzz::Edit) <= size; at += sizeof(nm_fuzz::Edit)) {
     nm_fuzz::Edit edit;
     memcpy(&edit, data + at, sizeof(edit));
-    const nm_test::Bytes& bytes = *tensors[edit.tensor % 5];
-    if (bytes.size > 0) bytes.data[edit.offset % bytes.size] = edit.value;
+    const nm_test::Bytes& bytes = *tensors[edit.tensor % 128 % 5];
+    if (bytes.size == 0) continue;
+    if (edit.tensor >= 128) memset(bytes.data.get(), edit.value, bytes.size);
+    bytes.data[edit.offset % bytes.size] = edit.value;
   }
   nm_fuzz::Multiply(weight.view(), header.product);
   return 0;
