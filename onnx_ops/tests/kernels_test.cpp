@@ -166,6 +166,17 @@ void TestRandomShapes(std::mt19937& random, int count) {
   }
 }
 
+// Rows and outputs around and beyond the tiles of the kernels for many rows.
+void TestManyRows(std::mt19937& random, int count) {
+  static const int64_t edges[] = {8, 16, 32, 64, 128, 512, 1024};
+  for (int i = 0; i < count; ++i) {
+    const int64_t rows = edges[random() % 7] + static_cast<int64_t>(random() % 5) - 2;
+    Shape s = RandomShape(random, 1 + random() % (rows > 200 ? 70 : 900));
+    if (rows < 100 && random() % 4 == 0) s.out_features = 120 + random() % 20;
+    CheckShape(s, rows, random() % 8 == 0, random);
+  }
+}
+
 // Random attributes and bytes: what nm_weight_check accepts, nm_matmul must survive, and nm_matmul alone must not read
 // outside the buffers either.
 void TestHostileWeights(std::mt19937& random, int count) {
@@ -176,6 +187,7 @@ void TestHostileWeights(std::mt19937& random, int count) {
     for (Bytes* bytes : {const_cast<Bytes*>(&weight.values), const_cast<Bytes*>(&weight.positions),
                          const_cast<Bytes*>(&weight.outlier_positions), const_cast<Bytes*>(&weight.scales)}) {
       if (bytes->size == 0 || random() % 2 == 0) continue;
+      if (random() % 4 == 0) memset(bytes->data.get(), random() % 4 == 0 ? 0 : 0xff, bytes->size);  // every column kept
       for (size_t change = random() % 8; change > 0; --change) {
         bytes->data[random() % bytes->size] = static_cast<uint8_t>(random());
       }
@@ -267,7 +279,8 @@ int main(int argc, char** argv) {
   nm_test::TestHalfConversions();
   nm_test::TestEveryTail(random);
   nm_test::TestRandomShapes(random, count);
-  nm_test::TestHostileWeights(random, count);
+  nm_test::TestManyRows(random, count / 10);
+  nm_test::TestHostileWeights(random, 4 * count);
   printf("%lld products on %s and below, %d failures\n", static_cast<long long>(nm_test::products),
          nm::IsaName(nm::BestIsa()), nm_test::failures);
   return nm_test::failures == 0 ? 0 : 1;
