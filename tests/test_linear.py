@@ -6,6 +6,7 @@ import torch
 from optimum_nm import NMLinear, PackedWeight
 from optimum_nm.config import WEIGHT_DTYPES
 from optimum_nm.errors import NMError
+from optimum_nm.nn import matmul
 from optimum_nm.nn.matmul import operator_arguments
 
 
@@ -38,13 +39,12 @@ def test_takes_half_precision_activations(dtype, tolerance):
     torch.testing.assert_close(output.float(), dense_forward(layer, inputs.float()), rtol=1e-2, atol=tolerance)
 
 
-def test_accuracy_level_4_rounds_activations():
+def test_accuracy_level_4_may_round_activations():
     layer = packed_layer("int8")
     inputs = torch.randn(4, 300)
     exact = layer(inputs)
     layer.accuracy_level = 4
-    error = (layer(inputs) - exact).norm() / exact.norm()
-    assert 0 < error < 0.02
+    assert (layer(inputs) - exact).norm() < 0.02 * exact.norm()
 
 
 def test_gradient_of_input_and_bias():
@@ -74,15 +74,20 @@ def test_compiles_without_graph_breaks_and_exports():
     torch.testing.assert_close(program.module()(inputs), expected)
 
 
-def test_other_devices_unpack_and_warn_once():
-    layer = packed_layer().to("meta")
-    with pytest.warns(UserWarning, match="Packed layers on meta are unpacked"):
-        torch.ops.optimum_nm.matmul.redispatch  # noqa: B018
-        from optimum_nm.nn.matmul import _warn_once
+def test_without_a_kernel_the_weight_is_unpacked_with_a_warning_once():
+    """The implementation of other devices, called on this one, so that its numbers can be compared."""
+    layer, inputs = packed_layer("int4"), torch.randn(2, 300)
+    tensors = (layer.values, layer.positions, layer.scales, layer.outlier_values, layer.outlier_positions)
+    arguments = (inputs, *tensors, layer.bias, *operator_arguments(layer.config, 300, 24), 0)
+    matmul._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="Packed layers on cpu are unpacked at every call") as warned:
+        outputs = [matmul._matmul_elsewhere(*arguments) for _ in range(2)]
+    assert len(warned) == 1
+    torch.testing.assert_close(outputs[1], layer(inputs), rtol=1e-5, atol=1e-4)
 
-        _warn_once.cache_clear()
-        _warn_once("meta")
-    assert layer(torch.randn(2, 300, device="meta")).shape == (2, 24)
+
+def test_shapes_on_devices_without_memory():
+    assert packed_layer().to("meta")(torch.empty(2, 300, device="meta")).shape == (2, 24)
 
 
 def test_state_dict_survives_the_round_trip():
