@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 8192), (576, 1536))
 QUICK_SHAPES = SHAPES[:1]
 _LEAST_SECONDS = 0.03  # of one measurement: repeated runs of a chain
-_LARGEST_CHAIN = 448 << 20  # bytes; sixteen such sets of weights stay below 6 GB
+_LARGEST_CHAIN = 448 << 20  # bytes; with it the weights of all kernels stay below 6 GB
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,8 @@ def _sessions(
     for kernel in chosen:
         try:
             options = session_options(threads)
+            # threads of one session that wait busily for work take time from the session measured next
+            options.add_session_config_entry("session.force_spinning_stop", "1")
             session = onnxruntime.InferenceSession(chains[kernel.name], options, providers=["CPUExecutionProvider"])
         except NMError:
             raise
