@@ -131,7 +131,8 @@ class KernelBenchmark:
         about = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         legend = (
             "µs: median per matrix product ± half the range over the rounds; GB/s: bytes of weights read; ×: times "
-            "faster than the fastest dense kernel of as many bits a value (MatMul float32 for 16 bits)"
+            "faster than the fastest dense kernel of as many bits a value (MatMul float32 for 16 bits); 8:16 int8 and "
+            "int4 are at accuracy level 4, as MatMulNBits, unless they say 0"
         )
         return "\n\n".join([*parts, f"{legend}\n{settings}\n{about}"])
 
