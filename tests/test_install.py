@@ -61,3 +61,13 @@ def test_optimum_cli_lists_the_command():
 def test_transformers_can_be_imported_after_the_package(name):
     script = f"import optimum_nm; from transformers import {name}"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("module", ["optimum_nm.nn.convert", "optimum_nm.nn.embedding", "optimum_nm.sparsify.layer"])
+def test_modules_can_be_imported_before_transformers(module):
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+
+@pytest.mark.parametrize("name", ["nn.convert", "nn.quantizer", "sparsify.pipeline", "onnx.export"])
+def test_any_module_can_be_imported_first(name):
+    subprocess.run([sys.executable, "-c", f"import optimum_nm.{name}"], check=True)
