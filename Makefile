@@ -2,9 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The other end of the supported versions: the newest transformers beside the oldest ONNX Runtime, and no extra.
+COMPAT := .venv-compat
+COMPAT_VERSIONS := transformers==5.24.0 onnxruntime==1.18.0 'numpy<2' 'pyarrow<22'
+COMPAT_TESTS := $(patsubst %,tests/test_%.py,packing linear embedding quantizer operator fallback sparsify)
 NATIVE := $(shell find onnx_ops -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: demo test style benchmark clean
+.PHONY: demo test test-compat style benchmark clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -15,6 +19,10 @@ test: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(NATIVE))
 	$(BIN)/pytest -n 2
+	$(MAKE) test-compat
+
+test-compat: $(COMPAT)/installed
+	$(COMPAT)/bin/pytest -n 2 $(COMPAT_TESTS)
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -31,5 +39,12 @@ $(VENV)/installed: pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --editable ".[tests]"
 	touch $@
 
+# From the wheel, not the checkout. What is not imported need not be compiled, which saves a minute.
+$(COMPAT)/installed: pyproject.toml $(NATIVE) $(shell find optimum_nm -name '*.py')
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/pip install --quiet --no-compile torch==2.13.0
+	$(COMPAT)/bin/pip install --quiet --no-compile . $(COMPAT_VERSIONS) pytest pytest-xdist hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) $(COMPAT) build demo
