@@ -50,5 +50,5 @@ def with_presets(config_class: type[Config]) -> type[Config]:
         explicit = {*names[: len(args)], *given}
         initialize(self, *args, **given, **{name: chosen[name] for name in chosen if name not in explicit})
 
-    config_class.__init__ = __init__  # type: ignore[method-assign]
+    config_class.__init__ = __init__  # type: ignore[method-assign, assignment]
     return config_class
