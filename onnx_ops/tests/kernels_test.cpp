@@ -44,10 +44,10 @@ struct Activations {
 double Tolerance(const PackedWeight& w, const Activations& a, int64_t row, int64_t output, bool int8_activations) {
   double sum = 0, absolute = 0, largest = 0;
   for (int64_t c = 0; c < a.columns; ++c) {
-    const double weight = w.dense[static_cast<size_t>(output * a.columns + c)];
+    const double weight = w.magnitude[static_cast<size_t>(output * a.columns + c)];
     const double value = static_cast<double>(a.values[static_cast<size_t>(row * a.columns + c)]);
-    absolute += std::fabs(weight * value);
-    sum += std::fabs(weight);
+    absolute += weight * std::fabs(value);
+    sum += weight;
     largest = std::max(largest, std::fabs(value));
   }
   return 1e-5 * absolute + (int8_activations ? largest / 254 * sum * 1.001 : 0) + 1e-12;

@@ -54,7 +54,8 @@ class PackedWeight {
  public:
   Shape shape;
   Bytes values, positions, scales, outlier_values, outlier_positions;
-  std::vector<double> dense;  // [out_features, in_features]
+  std::vector<double> dense;      // [out_features, in_features]
+  std::vector<double> magnitude;  // the same shape: |base| + |outlier|, of which one may be rounded alone
 
   PackedWeight(const Shape& s, std::mt19937& random) : shape(s), random_(random) {
     const int64_t groups = (s.in_features + s.m - 1) / s.m;
@@ -72,6 +73,7 @@ class PackedWeight {
     positions.Resize(static_cast<size_t>(position_bytes * s.out_features));
     scales.Resize(static_cast<size_t>(2 * row_scales_ * s.out_features));
     dense.assign(static_cast<size_t>(s.in_features * s.out_features), 0.0);
+    magnitude = dense;
     for (int64_t row = 0; row < s.out_features; ++row) FillRow(row, groups, bits, position_bytes);
     if (s.outlier_k > 0) FillOutliers();
   }
@@ -135,6 +137,7 @@ class PackedWeight {
       if (!inside) continue;
       if (row_scales_ > 0) value *= static_cast<double>(row_scales[static_cast<size_t>(column / scale_columns_)]);
       dense[static_cast<size_t>(row * s.in_features + column)] = value;
+      magnitude[static_cast<size_t>(row * s.in_features + column)] = std::fabs(value);
     }
   }
 
@@ -213,8 +216,10 @@ class PackedWeight {
                  bytes == 4 ? static_cast<const void*>(&value) : static_cast<const void*>(&half),
                  static_cast<size_t>(bytes));
           outlier_positions.data[at++] = static_cast<uint8_t>(p);
-          dense[static_cast<size_t>(row * s.in_features + block * s.outlier_block + p)] +=
-              static_cast<double>(bytes == 4 ? value : nm::FloatOfHalf(half));
+          const double stored = static_cast<double>(bytes == 4 ? value : nm::FloatOfHalf(half));
+          const size_t column = static_cast<size_t>(row * s.in_features + block * s.outlier_block + p);
+          dense[column] += stored;
+          magnitude[column] += std::fabs(stored);
         }
       }
     }

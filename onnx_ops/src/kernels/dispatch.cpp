@@ -24,7 +24,9 @@ struct Registry {
 #endif
 #if defined(NM_HAVE_X86_KERNELS)
     Append(Avx2IntegerRows());
+    Append(Avx2IntegerPanels());
     Append(Avx2FloatRows());
+    Append(Avx2FloatPanels());
 #endif
     Append(PortableKernels());
   }

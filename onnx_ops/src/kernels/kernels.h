@@ -58,7 +58,9 @@ int Multiply(const nm_matmul_args& args, const Kernel* kernel, char* message, si
 
 // Tables of the instruction sets, appended by AllKernels.
 KernelList PortableKernels();
+KernelList Avx2FloatPanels();
 KernelList Avx2FloatRows();
+KernelList Avx2IntegerPanels();
 KernelList Avx2IntegerRows();
 KernelList Avx512Kernels();
 
