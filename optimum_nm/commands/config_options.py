@@ -82,7 +82,7 @@ def read_config(args: Namespace) -> NMConfig:
     """
     values = {} if args.config is None else _read_file(Path(args.config))
     given = vars(args)
-    values |= definitions.PRESETS.get(given.get("preset"), {})
+    values |= definitions.PRESETS.get(given.get("preset") or "", {})
     values |= {name: given[name] for name in FIELDS if name in given}
     if "override" in given:
         values["overrides"] = {**values.get("overrides", {}), **dict(given["override"])}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import NMError
+
+if TYPE_CHECKING:  # importing it registers the quantizer, which needs this module whole
+    from transformers import PreTrainedModel
 
 DENSE_LINEARS = (nn.Linear, Conv1D)
 

@@ -37,7 +37,11 @@ def solve_layer(
         return _masked(weight, statistics, layer, config, equalized)
     gram = statistics.gram
     assert gram is not None
-    return quantize_solution(weight, SOLVERS[config.solver](weight, gram, layer), gram, layer)
+    if layer.pattern.is_dense and layer.outliers is None:
+        solution = Solution(weight, torch.ones(weight.shape, dtype=torch.bool), None)  # nothing to choose
+    else:
+        solution = SOLVERS[config.solver](weight, gram, layer)
+    return quantize_solution(weight, solution, gram, layer)
 
 
 def pack_layer(
