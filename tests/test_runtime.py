@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,17 @@ def test_options_serve_several_sessions(threads):
     del options  # the operators outlive it
     for session in sessions:
         assert relative_error(session.run(None, {"x": x})[0], reference([packed], x)) < 1e-5
+
+
+def test_sessions_run_from_several_threads_at_once():
+    layers = [random_packed(200, 96, seed=1), random_packed(96, 200, seed=2, dtype="int8")]
+    model = chain_model(layers).SerializeToString()
+    sessions = [onnxruntime.InferenceSession(model, session_options(2)) for _ in range(2)]
+    inputs = [np.random.default_rng(i).standard_normal((1, 3, 96), np.float32) for i in range(24)]
+    alone = [sessions[0].run(None, {"x": x})[0] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda i: sessions[i % 2].run(None, {"x": inputs[i]})[0], range(len(inputs))))
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_registered_twice_is_refused():
