@@ -92,7 +92,7 @@ size_t PackedBytes(const Layout& l, int64_t rows) { return PlanRows(l, rows).tot
 // four of block 1, then the next four of both, then blocks 2 and 3. The values are loaded to match.
 
 // The 32 values of a step.
-inline void LaneValues(Float32, const uint8_t* v, __m256 (&values)[4]) {
+NM_PIECE void LaneValues(Float32, const uint8_t* v, __m256 (&values)[4]) {
   const float* f = reinterpret_cast<const float*>(v);
   for (int i = 0; i < 4; ++i) {
     const float* low = f + 16 * (i / 2) + 4 * (i % 2);
@@ -100,7 +100,7 @@ inline void LaneValues(Float32, const uint8_t* v, __m256 (&values)[4]) {
   }
 }
 
-inline void LaneValues(Float16, const uint8_t* v, __m256 (&values)[4]) {
+NM_PIECE void LaneValues(Float16, const uint8_t* v, __m256 (&values)[4]) {
   for (int i = 0; i < 4; ++i) {
     const uint8_t* low = v + 32 * (i / 2) + 8 * (i % 2);
     const __m128d first = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)));
@@ -109,7 +109,7 @@ inline void LaneValues(Float16, const uint8_t* v, __m256 (&values)[4]) {
   }
 }
 
-inline void LaneValues(Bfloat16, const uint8_t* v, __m256 (&values)[4]) {
+NM_PIECE void LaneValues(Bfloat16, const uint8_t* v, __m256 (&values)[4]) {
   const __m256i zero = _mm256_setzero_si256();
   for (int i = 0; i < 2; ++i) {
     const __m256i words = Load256(v + 32 * i);
@@ -119,7 +119,7 @@ inline void LaneValues(Bfloat16, const uint8_t* v, __m256 (&values)[4]) {
 }
 
 // The 32 kept activations of a step from its planes.
-inline void LaneActivations(const uint8_t* planes, __m256i index, __m256 (&kept)[4]) {
+NM_PIECE void LaneActivations(const uint8_t* planes, __m256i index, __m256 (&kept)[4]) {
   __m256i bytes[4];
   for (int i = 0; i < 4; ++i) {
     bytes[i] = _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(planes + i * kStep), index),
@@ -134,15 +134,18 @@ inline void LaneActivations(const uint8_t* planes, __m256i index, __m256 (&kept)
 }
 
 template <class Type, class Pairs, int R>
-void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs,
-               const uint8_t* planes, int64_t planes_stride, __m256 (&sums)[R][4]) {
+NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs,
+                       const uint8_t* planes, int64_t planes_stride, __m256 (&totals)[R][4]) {
   constexpr int64_t kStepBytes = kStep / 2 * Type::kBytes;
+  __m256 sums[R][4];
+  memcpy(sums, totals, sizeof(sums));
   Indices next = Pairs::Load(positions, table);
-  for (int64_t pair = 0; pair < pairs; ++pair) {
+  for (int64_t left = pairs; left > 0; --left) {
     Indices now = next;
-    next = Pairs::Load(positions + Min(pair + 1, pairs - 1) * Pairs::kBytes, table);
+    positions += left > 1 ? Pairs::kBytes : 0;
+    next = Pairs::Load(positions, table);
     Separate(next, now);
-    if (pair % 4 == 0) Prefetch(positions + pair * Pairs::kBytes);
+    if (left % 4 == 0) Prefetch(positions);
     for (int step = 0; step < 2; ++step, values += kStepBytes, planes += 4 * kStep) {
       for (int64_t i = 0; i < kStepBytes; i += 64) Prefetch(values + i);
       __m256 w[4], a[4];
@@ -153,6 +156,7 @@ void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* v
       }
     }
   }
+  memcpy(totals, sums, sizeof(sums));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* v
 constexpr int64_t kTurn = 32;  // columns
 
 template <class Type, int R>
-void DenseTurn(const uint8_t* values, const float* a, int64_t a_stride, __m256 (&sums)[R][4]) {
+NM_PIECE void DenseTurn(const uint8_t* values, const float* a, int64_t a_stride, __m256 (&sums)[R][4]) {
   for (int i = 0; i < 4; ++i) {
     const __m256 w = Type::Load8(values + 8 * i * Type::kBytes);
     for (int r = 0; r < R; ++r) {
@@ -172,8 +176,11 @@ void DenseTurn(const uint8_t* values, const float* a, int64_t a_stride, __m256 (
 }
 
 template <class Type, int R>
-void DenseColumns(const uint8_t* values, int64_t columns, const float* a, int64_t a_stride, __m256 (&sums)[R][4]) {
+NM_LOOP void DenseColumns(const uint8_t* values, int64_t columns, const float* a, int64_t a_stride,
+                          __m256 (&totals)[R][4]) {
   constexpr int64_t kBytes = kTurn * Type::kBytes;
+  __m256 sums[R][4];
+  memcpy(sums, totals, sizeof(sums));
   int64_t column = 0;
   for (; column + kTurn <= columns; column += kTurn, values += kBytes) {
     for (int64_t i = 0; i < kBytes; i += 64) Prefetch(values + i);
@@ -184,6 +191,7 @@ void DenseColumns(const uint8_t* values, int64_t columns, const float* a, int64_
     memcpy(padded, values, static_cast<size_t>((columns - column) * Type::kBytes));
     DenseTurn<Type>(padded, a + column, a_stride, sums);
   }
+  memcpy(totals, sums, sizeof(sums));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -227,10 +235,9 @@ struct Call {
 };
 
 template <int R>
-void Store(const Call& c, int64_t output, int64_t row, const __m256 (&sums)[R][4], float* y, int64_t y_stride) {
+void Store(const Call& c, int64_t row, const __m256 (&sums)[R][4], float* y, int64_t y_stride) {
   for (int r = 0; r < R; ++r) {
-    float sum = Sum(_mm256_add_ps(_mm256_add_ps(sums[r][0], sums[r][1]), _mm256_add_ps(sums[r][2], sums[r][3])));
-    if (c.l.row_outliers > 0) sum += OutlierDot(c.l, output, c.Natural(row + r));
+    const float sum = Sum(_mm256_add_ps(_mm256_add_ps(sums[r][0], sums[r][1]), _mm256_add_ps(sums[r][2], sums[r][3])));
     y[(row + r) * y_stride] = sum + c.Poison(row + r);
   }
 }
@@ -260,12 +267,12 @@ void HalfOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
     if (whole * kPair < l.in_features) {
       HalfPairs<Type, Pairs>(tail_positions, c.table, tail_values, 1, planes + whole * kPair * 4, stride, sums);
     }
-    Store(c, output, row, sums, y, y_stride);
+    Store(c, row, sums, y, y_stride);
   });
 }
 
 template <class Type>
-void DenseOutput(const Call& c, int64_t output, const uint8_t* values, int64_t columns, float* y, int64_t y_stride) {
+void DenseOutput(const Call& c, const uint8_t* values, int64_t columns, float* y, int64_t y_stride) {
   ForRows(c.rows, [&](auto count, int64_t row) {
     constexpr int R = decltype(count)::value;
     __m256 sums[R][4];
@@ -273,7 +280,7 @@ void DenseOutput(const Call& c, int64_t output, const uint8_t* values, int64_t c
       for (__m256& lane : lanes) lane = _mm256_setzero_ps();
     }
     DenseColumns<Type>(values, columns, c.Natural(row), NaturalColumns(c.l), sums);
-    Store(c, output, row, sums, y, y_stride);
+    Store(c, row, sums, y, y_stride);
   });
 }
 
@@ -281,7 +288,7 @@ template <class Type>
 void FloatOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
   const Layout& l = c.l;
   if (l.dense) {
-    return DenseOutput<Type>(c, output, l.values + output * l.value_bytes, l.in_features, y, y_stride);
+    return DenseOutput<Type>(c, l.values + output * l.value_bytes, l.in_features, y, y_stride);
   }
   if (UsesPlanes(l, c.rows)) {
     const auto half = l.bitmap   ? HalfOutput<Type, MaskPairs<Order::kLanes>>
@@ -291,14 +298,14 @@ void FloatOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
   }
   float* floats = reinterpret_cast<float*>(c.scratch + c.parts.floats);
   ExpandFloats<Type>(l, c.reader, output, floats);
-  DenseOutput<Float32>(c, output, c.scratch + c.parts.floats, PaddedColumns(l), y, y_stride);
+  DenseOutput<Float32>(c, c.scratch + c.parts.floats, PaddedColumns(l), y, y_stride);
 }
 
 void IntegerOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
   uint8_t* bytes = c.scratch + c.parts.bytes;
   ExpandSigned(c.l, c.reader, output, c.scratch + c.parts.values, bytes);
   ScaleSigned(c.l, output, bytes, reinterpret_cast<float*>(c.scratch + c.parts.floats));
-  DenseOutput<Float32>(c, output, c.scratch + c.parts.floats, PaddedColumns(c.l), y, y_stride);
+  DenseOutput<Float32>(c, c.scratch + c.parts.floats, PaddedColumns(c.l), y, y_stride);
 }
 
 template <void (*output_kernel)(const Call&, int64_t, float*, int64_t)>
@@ -313,6 +320,8 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
                      PositionReader(l),
                      IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr};
   for (int64_t output = first; output < last; ++output) output_kernel(call, output, y + output - first, y_stride);
+  if (l.row_outliers == 0) return;
+  for (int64_t row = 0; row < rows; ++row) AddOutliers(l, first, last, call.Natural(row), y + row * y_stride);
 }
 
 template <int dtype>

@@ -92,31 +92,31 @@ size_t PackedBytes(const Layout& l, int64_t rows) { return PlanRows(l, rows).tot
 // ---------------------------------------------------------------------------------------------------------------------
 // Products of 32 values and 32 activations, as sums of pairs (16 bits) or fours (32 bits).
 
-__m256i SumPairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+NM_PIECE __m256i SumPairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 
 // vpmaddubsw wants one unsigned factor. |w| · (sign of w · a) cannot saturate: 128 · 127 · 2 is below 2^15.
-__m256i SignedProducts(__m256i w, __m256i a) {
+NM_PIECE __m256i SignedProducts(__m256i w, __m256i a) {
   return SumPairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
 }
 
 // (u - 8) · a for u below 16, sums of pairs: taking 8 · a off costs less than the signs of u - 8.
-__m256i NibbleProducts(__m256i u, __m256i a) {
+NM_PIECE __m256i NibbleProducts(__m256i u, __m256i a) {
   return _mm256_sub_epi16(_mm256_maddubs_epi16(u, a), _mm256_maddubs_epi16(_mm256_set1_epi8(8), a));
 }
 
-__m256i LowNibbles(__m256i packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
-__m256i HighNibbles(__m256i packed) { return LowNibbles(_mm256_srli_epi16(packed, 4)); }
+NM_PIECE __m256i LowNibbles(__m256i packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
+NM_PIECE __m256i HighNibbles(__m256i packed) { return LowNibbles(_mm256_srli_epi16(packed, 4)); }
 
 // The kinds of stored values. Each multiplies 64 values by the activations a[0] (the first 32) and a[1], for R rows, to
 // one sum of all or one for each half.
 struct Signed {  // bytes that were unpacked before
   static constexpr int kBytes = 64;
   template <bool joined, int R>
-  static void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+  static NM_PIECE void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
     MultiplySigned<joined>(Load256(v), Load256(v + 32), a, sums);
   }
   template <bool joined, int R>
-  static void MultiplySigned(__m256i w0, __m256i w1, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+  static NM_PIECE void MultiplySigned(__m256i w0, __m256i w1, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
     for (int r = 0; r < R; ++r) {
       sums[r][0] = SignedProducts(w0, a[r][0]);
       sums[r][1] = SignedProducts(w1, a[r][1]);
@@ -128,7 +128,7 @@ struct Signed {  // bytes that were unpacked before
 struct Int8 {
   static constexpr int kBytes = 64;
   template <bool joined, int R>
-  static void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+  static NM_PIECE void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
     Signed::MultiplySigned<joined>(SignedOfInt8(Load256(v)), SignedOfInt8(Load256(v + 32)), a, sums);
   }
 };
@@ -136,7 +136,7 @@ struct Int8 {
 struct Int4 {
   static constexpr int kBytes = 32;
   template <bool joined, int R>
-  static void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+  static NM_PIECE void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
     const __m256i packed = Load256(v);
     const __m256i u0 = LowNibbles(packed), u1 = HighNibbles(packed);
     for (int r = 0; r < R; ++r) {
@@ -158,78 +158,119 @@ struct Rows {
   const float* products;  // scale of the weights times scale of the activations, a unit; at the first pair
   int64_t products_stride;
   __m256 totals[R];
+};
 
+// Sums of R rows times their scales, while they are in registers.
+template <int R>
+class Totals {
+ public:
+  explicit Totals(const Rows<R>& rows) : products_(rows.products), stride_(rows.products_stride) {
+    for (int r = 0; r < R; ++r) lanes_[r] = rows.totals[r];
+  }
+  void Store(Rows<R>& rows) const {
+    for (int r = 0; r < R; ++r) rows.totals[r] = lanes_[r];
+  }
+  // With the scale of one unit, that many units after the present one …
+  void Add(int r, __m256i sums, int unit) { Add(r, sums, _mm256_broadcast_ss(products_ + r * stride_ + unit)); }
+  // … or of two, in the lanes that `which` names.
+  void AddTwo(int r, __m256i sums, int unit, __m256i which) {
+    const double* two = reinterpret_cast<const double*>(products_ + r * stride_ + unit);
+    Add(r, sums, _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd(two)), which));
+  }
+  void Advance(int units) { products_ += units; }
+
+ private:
   void Add(int r, __m256i sums, __m256 scale) {
-    totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, totals[r]);
+    lanes_[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, lanes_[r]);
   }
-  __m256 Scale(int r, int64_t unit) const { return _mm256_broadcast_ss(products + r * products_stride + unit); }
-  // Two neighbouring scales in the lanes that `which` names.
-  __m256 TwoScales(int r, int64_t unit, __m256i which) const {
-    const float* two = products + r * products_stride + unit;
-    return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(two))), which);
-  }
+  const float* products_;
+  const int64_t stride_;
+  __m256 lanes_[R];
 };
 
 // Positions: indices of vpshufb. The lanes of a sum are the first and the last 32 columns of its step.
 template <class Pairs, class Values, int unit, int R>
-void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs, Rows<R>& rows) {
+NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs,
+                       Rows<R>& rows) {
   constexpr bool joined = unit == 128;
   const __m256i by_lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  Indices next = Pairs::Load(positions, table);
+  Totals<R> totals(rows);
   const uint8_t* a = rows.a;
-  for (int64_t pair = 0; pair < pairs; ++pair, a += kPair) {
-    Indices now = next;
-    next = Pairs::Load(positions + Min(pair + 1, pairs - 1) * Pairs::kBytes, table);
-    Separate(next, now);
-    if (Values::kBytes == 64 || pair % 2 == 0) Prefetch(values + pair * Values::kBytes);
-    if (pair % 4 == 0) Prefetch(positions + pair * Pairs::kBytes);
+  const int64_t a_stride = rows.a_stride;
+  const auto turn = [&](const Indices& indices, int pair) __attribute__((always_inline)) {
     __m256i kept[R][2], sums[R][2];
     for (int r = 0; r < R; ++r) {
-      const auto pick = [&rows, a, r](__m256i index, int64_t column) {
-        const uint8_t* from = a + r * rows.a_stride + column;
-        return _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(from), index),
-                                  _mm256_shuffle_epi8(Load256(from + 32), index), 0xcc);
+      const auto pick = [from = a + pair * kPair + r * a_stride](__m256i index, int64_t column) {
+        return _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(from + column), index),
+                                  _mm256_shuffle_epi8(Load256(from + column + 32), index), 0xcc);
       };
-      kept[r][0] = pick(now.first, 0);
-      kept[r][1] = pick(now.second, kStep);
+      kept[r][0] = pick(indices.first, 0);
+      kept[r][1] = pick(indices.second, kStep);
     }
     Values::template Multiply<joined>(values + pair * Values::kBytes, kept, sums);
+    const int first_unit = pair * (kPair / unit);
     for (int r = 0; r < R; ++r) {
       if constexpr (unit == 128) {
-        rows.Add(r, sums[r][0], rows.Scale(r, pair));
+        totals.Add(r, sums[r][0], first_unit);
       } else if constexpr (unit == 64) {
-        rows.Add(r, sums[r][0], rows.Scale(r, 2 * pair));
-        rows.Add(r, sums[r][1], rows.Scale(r, 2 * pair + 1));
+        totals.Add(r, sums[r][0], first_unit);
+        totals.Add(r, sums[r][1], first_unit + 1);
       } else {
-        rows.Add(r, sums[r][0], rows.TwoScales(r, 4 * pair, by_lane));
-        rows.Add(r, sums[r][1], rows.TwoScales(r, 4 * pair + 2, by_lane));
+        totals.AddTwo(r, sums[r][0], first_unit, by_lane);
+        totals.AddTwo(r, sums[r][1], first_unit + 2, by_lane);
       }
     }
+  };
+  Indices even = Pairs::Load(positions, table), odd = even;
+  for (; pairs > 2; pairs -= 2) {
+    Prefetch(positions);
+    Prefetch(values);
+    if (Values::kBytes == 64) Prefetch(values + 64);
+    odd = Pairs::Load(positions + Pairs::kBytes, table);
+    Separate(odd, even);
+    turn(even, 0);
+    even = Pairs::Load(positions + 2 * Pairs::kBytes, table);
+    Separate(even, odd);
+    turn(odd, 1);
+    positions += 2 * Pairs::kBytes;
+    values += 2 * Values::kBytes;
+    a += 2 * kPair;
+    totals.Advance(2 * kPair / unit);
   }
+  if (pairs == 2) odd = Pairs::Load(positions + Pairs::kBytes, table);
+  turn(even, 0);
+  if (pairs == 2) turn(odd, 1);
+  totals.Store(rows);
 }
 
 // Every column has a value. The two sums of a step are its first and last 32 columns.
 template <class Values, int unit, int R>
-void DensePairs(const uint8_t* values, int64_t pairs, Rows<R>& rows) {
+NM_LOOP void DensePairs(const uint8_t* values, int64_t pairs, Rows<R>& rows) {
   constexpr bool joined = unit >= 64;
   const __m256i by_half = _mm256_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1);  // as vphaddd leaves them
+  Totals<R> totals(rows);
   const uint8_t* a = rows.a;
-  for (int64_t step = 0; step < 2 * pairs; ++step, a += kStep) {
-    Prefetch(values + step * Values::kBytes);
-    __m256i columns[R][2], sums[R][2];
-    for (int r = 0; r < R; ++r) {
-      columns[r][0] = Load256(a + r * rows.a_stride);
-      columns[r][1] = Load256(a + r * rows.a_stride + 32);
-    }
-    Values::template Multiply<joined>(values + step * Values::kBytes, columns, sums);
-    for (int r = 0; r < R; ++r) {
-      if constexpr (joined) {
-        rows.Add(r, sums[r][0], rows.Scale(r, unit == 128 ? step / 2 : step));
-      } else {
-        rows.Add(r, _mm256_hadd_epi32(sums[r][0], sums[r][1]), rows.TwoScales(r, 2 * step, by_half));
+  const int64_t a_stride = rows.a_stride;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    for (int step = 0; step < 2; ++step, a += kStep, values += Values::kBytes) {
+      Prefetch(values);
+      __m256i columns[R][2], sums[R][2];
+      for (int r = 0; r < R; ++r) {
+        columns[r][0] = Load256(a + r * a_stride);
+        columns[r][1] = Load256(a + r * a_stride + 32);
+      }
+      Values::template Multiply<joined>(values, columns, sums);
+      for (int r = 0; r < R; ++r) {
+        if constexpr (joined) {
+          totals.Add(r, sums[r][0], unit == 128 ? 0 : step);
+        } else {
+          totals.AddTwo(r, _mm256_hadd_epi32(sums[r][0], sums[r][1]), 2 * step, by_half);
+        }
       }
     }
+    totals.Advance(kPair / unit);
   }
+  totals.Store(rows);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -260,17 +301,19 @@ Scratch PlanScratch(const Layout& l, int64_t rows) {
 size_t ScratchBytes(const Layout& l, int64_t rows) { return PlanScratch(l, rows).total; }
 
 // The float16 scales of an output row, one for each unit, zero in the padding.
-void UnitScales(const Layout& l, int64_t output, float* scales) {
-  const int64_t unit = UnitColumns(l);
-  const int64_t units = (l.in_features + unit - 1) / unit;
+void UnitScales(const Layout& l, int64_t unit, int64_t output, int64_t padded_units, float* scales) {
   const uint8_t* halves = l.scales + output * l.row_scales * 2;
   Prefetch(halves);
   int64_t i = 0;
   if (l.scale_columns == unit) {
-    for (; i + 8 <= units; i += 8) _mm256_store_ps(scales + i, _mm256_cvtph_ps(Load128(halves + 2 * i)));
+    for (; i + 8 <= l.row_scales; i += 8) _mm256_store_ps(scales + i, _mm256_cvtph_ps(Load128(halves + 2 * i)));
   }
-  for (; i < units; ++i) scales[i] = ScaleOf(l, output, i * unit / l.scale_columns);
-  for (; i < PaddedUnits(l); ++i) scales[i] = 0.0f;
+  for (int64_t group = i; group < l.row_scales; ++group) {
+    const float scale = ScaleOf(l, output, group);
+    const int64_t last = Min((group + 1) * l.scale_columns, l.in_features);
+    for (; i * unit < last; ++i) scales[i] = scale;
+  }
+  for (; i < padded_units; ++i) scales[i] = 0.0f;
 }
 
 // Runs a piece of work for one output row and R activation rows from `row` on.
@@ -285,12 +328,14 @@ class Outputs {
         scratch_(scratch),
         parts_(PlanScratch(l, rows)),
         reader_(l),
+        columns_(PaddedColumns(l)),
+        units_(RoundUp(columns_ / unit, 8)),
         table_(IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr) {}
 
   void Run(int64_t first, int64_t last, float* y, int64_t y_stride) {
     float* scales = reinterpret_cast<float*>(scratch_ + parts_.scales);
     for (int64_t output = first; output < last; ++output) {
-      UnitScales(l_, output, scales);
+      UnitScales(l_, unit, output, units_, scales);
       PrepareTail(output);
       if (!l_.dense && !IsHalf(l_)) {
         ExpandSigned(l_, reader_, output, scratch_ + parts_.values, scratch_ + parts_.bytes);
@@ -305,12 +350,11 @@ class Outputs {
         } else {
           Multiply<Pairs, R>(Positions(output), output, row, sums);
         }
-        for (int r = 0; r < R; ++r) {
-          if (l_.row_outliers > 0) sums[r] += OutlierDot(l_, output, Natural(row + r));
-          y[(row + r) * y_stride + output - first] = sums[r];
-        }
+        for (int r = 0; r < R; ++r) y[(row + r) * y_stride + output - first] = sums[r];
       });
     }
+    if (l_.row_outliers == 0) return;
+    for (int64_t row = 0; row < rows_; ++row) AddOutliers(l_, first, last, Natural(row), y + row * y_stride);
   }
 
  private:
@@ -321,6 +365,8 @@ class Outputs {
   uint8_t* scratch_;
   const Scratch parts_;
   const PositionReader reader_;
+  const int64_t columns_;
+  const int64_t units_;  // padded
   const uint32_t* table_;
   alignas(64) uint8_t tail_positions_[16];
   alignas(64) uint8_t tail_values_[kPair + 64];
@@ -345,9 +391,9 @@ class Outputs {
   template <int R>
   void ScaleProducts(int64_t row, float* products) const {
     const float* weights = reinterpret_cast<const float*>(scratch_ + parts_.scales);
-    const float* rows = reinterpret_cast<const float*>(packed_ + plan_.scales) + row * PaddedUnits(l_);
-    for (int64_t i = 0; i < R * PaddedUnits(l_); i += PaddedUnits(l_)) {
-      for (int64_t u = 0; u < PaddedUnits(l_); u += 8) {
+    const float* rows = reinterpret_cast<const float*>(packed_ + plan_.scales) + row * units_;
+    for (int64_t i = 0; i < R * units_; i += units_) {
+      for (int64_t u = 0; u < units_; u += 8) {
         const __m256 scales = _mm256_mul_ps(_mm256_load_ps(weights + u), _mm256_load_ps(rows + i + u));
         _mm256_store_ps(products + i + u, scales);
       }
@@ -359,11 +405,11 @@ class Outputs {
     float* products = reinterpret_cast<float*>(scratch_ + parts_.products);
     ScaleProducts<R>(row, products);
     const uint8_t* values = l_.values + output * l_.value_bytes;
-    Rows<R> rows = {packed_ + plan_.bytes + row * PaddedColumns(l_), PaddedColumns(l_), products, PaddedUnits(l_), {}};
+    Rows<R> rows = {packed_ + plan_.bytes + row * columns_, columns_, products, units_, {}};
     for (__m256& total : rows.totals) total = _mm256_setzero_ps();
     const int64_t whole = WholePairs();
     if (!l_.dense && !IsHalf(l_)) {
-      DensePairs<Signed, unit>(scratch_ + parts_.bytes, PaddedColumns(l_) / kPair, rows);
+      DensePairs<Signed, unit>(scratch_ + parts_.bytes, columns_ / kPair, rows);
     } else {
       if (l_.dense) {
         DensePairs<Values, unit>(values, whole, rows);

@@ -10,8 +10,13 @@
 namespace nm {
 namespace {
 
+// The innermost loops are functions of their own, for inlined into what prepares them they run out of registers; and
+// their pieces are inlined without regard to size, for a call in such a loop doubles its time.
+#define NM_LOOP __attribute__((noinline))
+#define NM_PIECE inline __attribute__((always_inline))
+
 // Eight of 16 columns are kept in every block.
-bool IsHalf(const Layout& l) { return 2 * l.n == l.m && l.m <= 16; }
+inline bool IsHalf(const Layout& l) { return 2 * l.n == l.m && l.m <= 16; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Positions of a pair of steps. A vector of indices has the columns of four blocks of 16, eight bytes each; which block
@@ -44,20 +49,13 @@ template <int kBits, Order order>
 struct CodePairs {
   static constexpr int kBytes = kBits;  // of eight fields
 
-  static Indices Load(const uint8_t* p, const uint32_t* table) {
+  static NM_PIECE Indices Load(const uint8_t* p, const uint32_t* table) {
     const uint64_t first = InRegister(Load64(p));
-    const uint64_t second = InRegister(Load64(p + kBytes - 8));  // its last four fields end at the top bit
-    const uint32_t* const b[8] = {table + Field<0>(first),
-                                  table + Field<kBits>(first),
-                                  table + Field<2 * kBits>(first),
-                                  table + Field<3 * kBits>(first),
-                                  table + Field<64 - 4 * kBits>(second),
-                                  table + Field<64 - 3 * kBits>(second),
-                                  table + Field<64 - 2 * kBits>(second),
-                                  table + Field<64 - kBits>(second)};
-    const __m256i nibbles = order == Order::kValues
-                                ? Lanes(FourWords(b[0], b[1], b[4], b[5]), FourWords(b[2], b[3], b[6], b[7]))
-                                : Lanes(FourWords(b[0], b[2], b[4], b[6]), FourWords(b[1], b[3], b[5], b[7]));
+    const uint64_t second = InRegister(Load64(p + kBytes - 8) >> (64 - 4 * kBits));
+    // Of blocks 0 and 1 of either step, then of blocks 2 and 3; or of 0 and 2, then of 1 and 3.
+    constexpr int low_second = order == Order::kValues ? 1 : 2, high_first = 3 - low_second;
+    const __m256i nibbles =
+        Lanes(FourWords<0, low_second>(first, second, table), FourWords<high_first, 3>(first, second, table));
     const __m256i low_bits = _mm256_set1_epi8(15);
     const __m256i low = _mm256_and_si256(nibbles, low_bits);
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), low_bits);
@@ -65,13 +63,16 @@ struct CodePairs {
   }
 
  private:
-  template <int shift>
-  static uint64_t Field(uint64_t word) {
-    return __bextr_u64(word, kBits << 8 | shift);
+  template <int index>
+  static NM_PIECE int Word(uint64_t fields, const uint32_t* table) {
+    return static_cast<int>(table[__bextr_u64(fields, kBits << 8 | index * kBits)]);
   }
-  static __m128i FourWords(const uint32_t* a, const uint32_t* b, const uint32_t* c, const uint32_t* d) {
-    const __m128i two = _mm_insert_epi32(_mm_cvtsi32_si128(static_cast<int>(*a)), static_cast<int>(*b), 1);
-    return _mm_insert_epi32(_mm_insert_epi32(two, static_cast<int>(*c), 2), static_cast<int>(*d), 3);
+  template <int i, int j>
+  static NM_PIECE __m128i FourWords(uint64_t first, uint64_t second, const uint32_t* table) {
+    __m128i words = _mm_cvtsi32_si128(Word<i>(first, table));
+    words = _mm_insert_epi32(words, Word<j>(first, table), 1);
+    words = _mm_insert_epi32(words, Word<i>(second, table), 2);
+    return _mm_insert_epi32(words, Word<j>(second, table), 3);
   }
 };
 
@@ -80,10 +81,10 @@ template <Order order>
 struct MaskPairs {
   static constexpr int kBytes = 16;
 
-  static Indices Load(const uint8_t* p, const uint32_t*) { return {Step(p), Step(p + 8)}; }
+  static NM_PIECE Indices Load(const uint8_t* p, const uint32_t*) { return {Step(p), Step(p + 8)}; }
 
  private:
-  static __m256i Step(const uint8_t* p) {
+  static NM_PIECE __m256i Step(const uint8_t* p) {
     const uint64_t w = InRegister(Load64(p));
     constexpr int i1 = order == Order::kValues ? 1 : 2;
     constexpr int i2 = 3 - i1;
@@ -92,11 +93,11 @@ struct MaskPairs {
     return Lanes(low, high);
   }
   template <int block>
-  static const uint64_t* Low(uint64_t word) {
+  static NM_PIECE const uint64_t* Low(uint64_t word) {
     return kByteTables.kept + __bextr_u64(word, 8 << 8 | 16 * block);
   }
   template <int block>
-  static const uint64_t* High(uint64_t word) {
+  static NM_PIECE const uint64_t* High(uint64_t word) {
     return kByteTables.kept_high + __bextr_u64(word, 8 << 8 | (16 * block + 8));
   }
 };
@@ -104,7 +105,7 @@ struct MaskPairs {
 // From a buffer that one of the others filled, for more than four activation rows.
 struct StoredPairs {
   static constexpr int kBytes = 64;
-  static Indices Load(const uint8_t* p, const uint32_t*) { return {Load256(p), Load256(p + 32)}; }
+  static NM_PIECE Indices Load(const uint8_t* p, const uint32_t*) { return {Load256(p), Load256(p + 32)}; }
 };
 
 // The positions of an output row after `used` bytes, of fewer than 128 columns, to 16 bytes. A block of a bitmap that
@@ -130,7 +131,7 @@ void StorePairs(const uint8_t* positions, int64_t pairs, const uint32_t* table, 
 
 // Starts the look-ups of the next pair before the arithmetic on this one, whatever the compiler would prefer: they take
 // their time in the second-level cache.
-inline void Separate(Indices& next, Indices& now) {
+NM_PIECE void Separate(Indices& next, Indices& now) {
   asm("" : "+x"(next.first), "+x"(next.second), "+x"(now.first), "+x"(now.second));
 }
 
@@ -141,38 +142,49 @@ inline __m256 EightOf(const float* a, const uint8_t* p) {
   return _mm256_setr_ps(a[p[0]], a[p[1]], a[p[2]], a[p[3]], a[p[4]], a[p[5]], a[p[6]], a[p[7]]);
 }
 
-// Σ values[i] · a[positions[i]] over the outliers of one output row; a is padded by kLargestOutlierBlock floats.
-float OutlierDot(const Layout& l, int64_t output, const float* a) {
-  const uint8_t* positions = l.outlier_positions + output * l.row_outliers;
-  const uint8_t* values = l.outlier_values + output * l.outlier_bytes;
-  const bool half = l.outlier_dtype == NM_FLOAT16;
+// Σ values[i] · a[positions[i]] over one block of outliers.
+inline __m256 OutlierBlock(bool half, const uint8_t* values, const uint8_t* positions, int64_t count, const float* a) {
   const int64_t value_bytes = half ? 2 : 4;
   const auto eight = [half](const uint8_t* v) {
     return half ? _mm256_cvtph_ps(Load128(v)) : _mm256_loadu_ps(reinterpret_cast<const float*>(v));
   };
   __m256 sum = _mm256_setzero_ps();
-  for (int64_t first = 0; first < l.row_outliers; first += l.outlier_k, a += l.outlier_block) {
-    const int64_t count = Min(l.outlier_k, l.row_outliers - first);
-    Prefetch(values);
-    Prefetch(positions);
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) {
-      sum = _mm256_fmadd_ps(eight(values + i * value_bytes), EightOf(a, positions + i), sum);
-    }
-    if (i < count) {
-      uint8_t padded[32] = {}, places[8] = {};
-      memcpy(padded, values + i * value_bytes, static_cast<size_t>((count - i) * value_bytes));
-      memcpy(places, positions + i, static_cast<size_t>(count - i));
-      // Not a[0] · 0 for the missing ones: a[0] may be infinite.
-      alignas(32) float products[8];
-      _mm256_store_ps(products, _mm256_mul_ps(eight(padded), EightOf(a, places)));
-      for (int64_t j = count - i; j < 8; ++j) products[j] = 0.0f;
-      sum = _mm256_add_ps(sum, _mm256_load_ps(products));
-    }
-    positions += count;
-    values += count * value_bytes;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    sum = _mm256_fmadd_ps(eight(values + i * value_bytes), EightOf(a, positions + i), sum);
   }
-  return Sum(sum);
+  if (i == count) return sum;
+  uint8_t padded[32] = {}, places[8] = {};
+  memcpy(padded, values + i * value_bytes, static_cast<size_t>((count - i) * value_bytes));
+  memcpy(places, positions + i, static_cast<size_t>(count - i));
+  // Not 0 · a[0] for the missing ones: a[0] may be infinite.
+  const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count - i)), number);
+  const __m256 products = _mm256_mul_ps(eight(padded), EightOf(a, places));
+  return _mm256_add_ps(sum, _mm256_and_ps(products, _mm256_castsi256_ps(there)));
+}
+
+// Adds the outliers of output rows first … last-1 times one activation row, which is padded by kLargestOutlierBlock, to
+// y. A few blocks of all output rows at a time: the activations of those stay in the first-level cache.
+void AddOutliers(const Layout& l, int64_t first, int64_t last, const float* a, float* y) {
+  constexpr int64_t kRun = 4;
+  const bool half = l.outlier_dtype == NM_FLOAT16;
+  const int64_t value_bytes = half ? 2 : 4;
+  for (int64_t run = 0; run < l.row_outliers; run += kRun * l.outlier_k, a += kRun * l.outlier_block) {
+    const int64_t end = Min(run + kRun * l.outlier_k, l.row_outliers);
+    for (int64_t output = first; output < last; ++output) {
+      const uint8_t* values = l.outlier_values + output * l.outlier_bytes;
+      const uint8_t* positions = l.outlier_positions + output * l.row_outliers;
+      __m256 sum = _mm256_setzero_ps();
+      const float* block = a;
+      for (int64_t i = run; i < end; i += l.outlier_k, block += l.outlier_block) {
+        const int64_t count = Min(l.outlier_k, end - i);
+        Prefetch(values + i * value_bytes);
+        sum = _mm256_add_ps(sum, OutlierBlock(half, values + i * value_bytes, positions + i, count, block));
+      }
+      y[output - first] += Sum(sum);
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
