@@ -190,7 +190,7 @@ REFUSED = {
         edit_attribute("dtype", "int8" * 100),
         "attribute dtype must be the string float32, float16, bfloat16, int8 or int4.",
     ),
-    "dtype other": (edit_attribute("dtype", "float16"), "values has an element type (2) that does not go with"),
+    "dtype other": (edit_attribute("dtype", "float16"), "values has the ONNX element type 2; it must be float16."),
     "positions": (edit_attribute("positions", ""), "attribute positions must be the string codes or bitmap."),
     "positions other": (
         edit_attribute("positions", "bitmap"),
@@ -230,11 +230,11 @@ REFUSED = {
     ),
     "scales type": (
         edit_tensor("scales", data_type=TensorProto.BFLOAT16),
-        "scales has an element type (16) that does not go with its dtype.",
+        "scales has the ONNX element type 16; it must be float16.",
     ),
     "outlier type": (
         edit_tensor("outlier_values", data_type=TensorProto.BFLOAT16),
-        "outlier_values has an element type (16) that does not go with its dtype.",
+        "outlier_values has the ONNX element type 16; it must be float16 or float32.",
     ),
     "outlier order": (
         edit_tensor("outlier_positions", raw_data=overwrite(6, 9, 4)),
@@ -252,7 +252,7 @@ REFUSED = {
         lambda model: model.graph.initializer[-1].CopyFrom(
             helper.make_tensor("layer0.bias", TensorProto.INT32, (24,), [0] * 24)
         ),
-        "bias has an element type (6) that does not go with its dtype.",
+        "bias has the ONNX element type 6; it must be float32, float16 or bfloat16.",
     ),
 }
 

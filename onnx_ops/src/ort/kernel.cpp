@@ -12,6 +12,10 @@ constexpr const char* kInputNames[] = {"A",   "values", "positions", "scales", "
                                        "bias"};
 constexpr size_t kMessageBytes = 512;
 
+// In the order of enum nm_dtype and enum nm_positions.
+const std::vector<std::string> kDtypeNames = {"float32", "float16", "bfloat16", "int8", "int4"};
+const std::vector<std::string> kPositionsNames = {"codes", "bitmap"};
+
 // Whether an input's element type is what the weight asks for.
 bool TypeFits(size_t input, ONNXTensorElementDataType type, int32_t dtype) {
   switch (input) {
@@ -26,6 +30,22 @@ bool TypeFits(size_t input, ONNXTensorElementDataType type, int32_t dtype) {
       return FloatDtype(type) >= 0;
     default:
       return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  }
+}
+
+// The types for which TypeFits is true, in words.
+const char* FittingTypes(size_t input, int32_t dtype) {
+  switch (input) {
+    case kValues:
+      return dtype == NM_INT8 || dtype == NM_INT4 ? "uint8" : kDtypeNames[dtype].c_str();
+    case kScales:
+      return "float16";
+    case kOutlierValues:
+      return "float16 or float32";
+    case kBias:
+      return "float32, float16 or bfloat16";
+    default:
+      return "uint8";
   }
 }
 
@@ -101,9 +121,8 @@ OrtStatus* MatMulNM::ReadAttributes(const OrtKernelInfo* info) {
   NM_RETURN_IF_ERROR(ReadInteger(info, "N", 1, INT32_MAX, &weight_.out_features));
   NM_RETURN_IF_ERROR(ReadInteger(info, "n", &weight_.n));
   NM_RETURN_IF_ERROR(ReadInteger(info, "m", &weight_.m));
-  // in the order of enum nm_dtype and enum nm_positions
-  NM_RETURN_IF_ERROR(ReadChoice(info, "dtype", {"float32", "float16", "bfloat16", "int8", "int4"}, &weight_.dtype));
-  NM_RETURN_IF_ERROR(ReadChoice(info, "positions", {"codes", "bitmap"}, &weight_.positions_format));
+  NM_RETURN_IF_ERROR(ReadChoice(info, "dtype", kDtypeNames, &weight_.dtype));
+  NM_RETURN_IF_ERROR(ReadChoice(info, "positions", kPositionsNames, &weight_.positions_format));
   NM_RETURN_IF_ERROR(ReadInteger(info, "group_size", -1, INT32_MAX, &weight_.group_size));
   NM_RETURN_IF_ERROR(ReadInteger(info, "outlier_k", &weight_.outlier_k));
   NM_RETURN_IF_ERROR(ReadInteger(info, "outlier_block", &weight_.outlier_block));
@@ -117,8 +136,8 @@ OrtStatus* MatMulNM::CheckTensor(size_t input, const Tensor& tensor) const {
   if (tensor.elements == 0) return nullptr;
   char reason[kMessageBytes];
   if (!TypeFits(input, tensor.type, weight_.dtype)) {
-    snprintf(reason, sizeof reason, "%s has an element type (%d) that does not go with its dtype.", kInputNames[input],
-             static_cast<int>(tensor.type));
+    snprintf(reason, sizeof reason, "%s has the ONNX element type %d; it must be %s.", kInputNames[input],
+             static_cast<int>(tensor.type), FittingTypes(input, weight_.dtype));
     return Error(reason);
   }
   const size_t rank = input == kBias ? 1 : 2;
