@@ -123,8 +123,8 @@ def comparison(speed: Benchmark, quality: list[Perplexity], weights: int) -> str
 def explain(speed: Benchmark, quality: list[Perplexity], weights: int, minutes: dict[str, float]) -> str:
     settings = speed.settings
     return (
-        "All rows are the same fused graph. Dense int8 and int4 are ONNX Runtime's MatMulNBits with a scale for 128 and "
-        "32 columns, int4 for the embedding too; the sparse model stores embedding and output layer once, as int8. "
+        "All rows are the same fused graph. Dense int8 and int4 are ONNX Runtime's MatMulNBits with a scale for every "
+        "128 and 32 columns, int4's embedding too; the sparse model stores embedding and output layer once, as int8. "
         f"Perplexity over {quality[0].tokens} tokens of held-out Wikipedia articles in windows of {WINDOW}. "
         f"MB and bits per weight: the files that ONNX Runtime reads, {weights / 1e6:.1f} million weights. "
         f"Load time with warm files; medians of {settings['rounds']} rounds with {settings['prompt_tokens']} prompt "
