@@ -134,11 +134,12 @@ class Unpacker {
  public:
   explicit Unpacker(const Layout& l) : layout_(l), reader_(l), scale_columns_(ScaleColumns(l)) {}
 
+  // The columns that the next calls unpack.
   void SetStep(int64_t step) {
-    step_ = step;
+    first_block_ = step * kStepBlocks;
     first_value_ = step * kStepColumns / layout_.m * layout_.n;
     values_ = Min(kStepColumns / layout_.m * layout_.n, layout_.row_values - first_value_);
-    blocks_ = Min(kStepBlocks, Blocks(layout_) - step * kStepBlocks);
+    blocks_ = Min(kStepBlocks, Blocks(layout_) - first_block_);
     for (int64_t i = 0; i * scale_columns_ < kStepColumns; ++i) {
       const int64_t column = step * kStepColumns + i * scale_columns_;
       groups_[i] = Min(column / layout_.scale_columns, layout_.row_scales - 1);
@@ -147,11 +148,12 @@ class Unpacker {
 
   // Two neighbouring outputs, or the same one twice.
   void Pick(int64_t first, int64_t second, Unit* to) const {
-    alignas(32) uint64_t columns[2][kStepBlocks] = {};
+    alignas(32) uint64_t columns[2][kStepBlocks];
+    if (blocks_ < kStepBlocks) memset(columns, 0, sizeof(columns));
     alignas(32) uint8_t values[2][kUnpacked];
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t output = half == 0 ? first : second;
-      reader_.Columns(output, step_ * kStepBlocks, RoundUp(blocks_, 4), columns[half]);
+      reader_.Columns(output, first_block_, RoundUp(blocks_, 4), columns[half]);
       Values(output, values[half]);
     }
     const auto join = [](const void* low, const void* high, void* both) __attribute__((always_inline)) {
@@ -179,7 +181,7 @@ class Unpacker {
       memcpy(to->weights, values, kStepColumns);
     } else {
       uint16_t masks[16] = {};
-      reader_.Masks(output, step_ * kStepBlocks, blocks_, masks);
+      reader_.Masks(output, first_block_, blocks_, masks);
       int64_t at = 0;
       for (int64_t i = 0; i < kStepBlocks; ++i) {
         const __m128i spread = _mm_shuffle_epi8(Load128(values + at), RanksOfMask(masks[i]));
@@ -205,14 +207,12 @@ class Unpacker {
     if (layout_.dtype == NM_INT4) {
       const int64_t chunk = first_value_ / kInt4Chunk;
       const int64_t skipped = first_value_ % kInt4Chunk;
-      Prefetch(row + first_value_ / 2);
       for (int64_t i = 0; i < skipped + values_; i += kInt4Chunk) {
         UnpackInt4(layout_, row, chunk + i / kInt4Chunk, stored + i);
       }
       from += skipped;
     } else if (values_ % 32 == 0) {
       from = row + first_value_;
-      Prefetch(from);
     } else {
       memcpy(stored, row + first_value_, static_cast<size_t>(values_));
     }
@@ -255,7 +255,7 @@ class Unpacker {
   const Layout& layout_;
   const PositionReader reader_;
   const int64_t scale_columns_;
-  int64_t step_ = 0;
+  int64_t first_block_ = 0;
   int64_t first_value_ = 0;
   int64_t values_ = 0;
   int64_t blocks_ = 0;      // of 16 columns
@@ -329,6 +329,7 @@ TileFunction TileOf(int64_t pairs) {
 // The loops.
 
 constexpr int64_t kTilesHeld = 32;  // whose sums lie in scratch at a time
+constexpr int64_t kStepsHeld = 4;   // unpacked at a time: longer runs of each output's bytes
 constexpr int64_t kTilesNear = 8;   // whose activations of a step stay in the first-level cache
 
 // The float32 part of a row, for PanelProduct.
@@ -347,13 +348,13 @@ class OutlierWeights {
 };
 
 struct IntegerScratch {
-  size_t units;  // Unit[kUnitTile]
+  size_t units;  // Unit[kStepsHeld][kUnitTile]
   size_t sums;   // float[unit][tile][pair][8]
   size_t total;
 
   explicit IntegerScratch(const PackedTiles& p) {
     units = 0;
-    sums = kUnitTile * sizeof(Unit);
+    sums = kStepsHeld * kUnitTile * sizeof(Unit);
     total = sums + static_cast<size_t>(Min(kTilesHeld, p.tiles) * kUnitTile * p.pairs * 8) * sizeof(float);
   }
 };
@@ -384,7 +385,10 @@ template <bool kPicked, int dtype>
 class IntegerTiles {
  public:
   IntegerTiles(const Layout& l, int64_t rows, const void* packed, void* scratch)
-      : plan_(l, rows), unpacker_(l), rows_(rows), packed_(static_cast<const uint8_t*>(packed)) {
+      : plan_(l, rows),
+        unpackers_{Unpacker(l), Unpacker(l), Unpacker(l), Unpacker(l)},
+        rows_(rows),
+        packed_(static_cast<const uint8_t*>(packed)) {
     uint8_t* memory = static_cast<uint8_t*>(scratch);
     units_ = reinterpret_cast<Unit*>(memory);
     sums_ = reinterpret_cast<float*>(memory + IntegerScratch(plan_).sums);
@@ -398,18 +402,13 @@ class IntegerTiles {
     for (int64_t tile = 0; tile < plan_.tiles; tile += kTilesHeld) {
       const int64_t tiles = Min(kTilesHeld, plan_.tiles - tile);
       memset(sums_, 0, static_cast<size_t>(tiles * units * plan_.pairs * 8) * sizeof(float));
-      for (int64_t step = 0; step < plan_.steps; ++step) {
-        unpacker_.SetStep(step);
-        for (int64_t unit = 0; unit < units; ++unit) {
-          const int64_t output = first + unit * kOutputs;
-          if (kPicked) {
-            unpacker_.Pick(output, Min(output + 1, last - 1), &units_[unit]);
-          } else {
-            unpacker_.Spread(output, &units_[unit]);
+      for (int64_t step = 0; step < plan_.steps; step += kStepsHeld) {
+        const int64_t steps = Min(kStepsHeld, plan_.steps - step);
+        Unpack(first, last, units, step, steps);
+        for (int64_t i = 0; i < steps; ++i) {
+          for (int64_t near = 0; near < tiles; near += kTilesNear) {
+            MultiplyStep(units_ + i * kUnitTile, units, tile, tiles, near, Min(near + kTilesNear, tiles), step + i);
           }
-        }
-        for (int64_t near = 0; near < tiles; near += kTilesNear) {
-          MultiplyStep(units, tile, tiles, near, Min(near + kTilesNear, tiles), step);
         }
       }
       for (int64_t i = 0; i < tiles; ++i) Store(tile, tiles, i, last - first, y, y_stride);
@@ -417,7 +416,23 @@ class IntegerTiles {
   }
 
  private:
-  void MultiplyStep(int64_t units, int64_t tile, int64_t tiles, int64_t begin, int64_t end, int64_t step) {
+  void Unpack(int64_t first, int64_t last, int64_t units, int64_t step, int64_t steps) {
+    for (int64_t i = 0; i < steps; ++i) unpackers_[i].SetStep(step + i);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t output = first + unit * kOutputs;
+      for (int64_t i = 0; i < steps; ++i) {
+        Unit* to = units_ + i * kUnitTile + unit;
+        if (kPicked) {
+          unpackers_[i].Pick(output, Min(output + 1, last - 1), to);
+        } else {
+          unpackers_[i].Spread(output, to);
+        }
+      }
+    }
+  }
+
+  void MultiplyStep(const Unit* unpacked, int64_t units, int64_t tile, int64_t tiles, int64_t begin, int64_t end,
+                    int64_t step) {
     const uint8_t* bytes = packed_ + plan_.bytes + (step * plan_.tiles + tile) * plan_.TileBytes();
     const float* scales =
         reinterpret_cast<const float*>(packed_ + plan_.scales) + (step * plan_.tiles + tile) * plan_.TileScales();
@@ -427,7 +442,7 @@ class IntegerTiles {
       float* sums = sums_ + unit * tiles * plan_.pairs * 8;
       for (int64_t i = begin; i < end; ++i) {
         const TileFunction multiply = i == end - 1 ? last : whole;
-        multiply(plan_, bytes + i * plan_.TileBytes(), scales + i * plan_.TileScales(), units_[unit],
+        multiply(plan_, bytes + i * plan_.TileBytes(), scales + i * plan_.TileScales(), unpacked[unit],
                  sums + i * plan_.pairs * 8);
       }
     }
@@ -448,7 +463,7 @@ class IntegerTiles {
   }
 
   const PackedTiles plan_;
-  Unpacker unpacker_;
+  Unpacker unpackers_[kStepsHeld];
   const int64_t rows_;
   const uint8_t* packed_;
   Unit* units_;
