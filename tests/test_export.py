@@ -1,5 +1,6 @@
 """The traced graph: every architecture and task, its weights in place, its runtimes, what export refuses."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -84,14 +85,13 @@ def test_agrees_with_torch_with_a_prompt_and_token_by_token(checkpoints, model_t
         decoder = OnnxDecoder(path, options)
         read = np.concatenate([decoder.read(tokens[:15]), *(decoder.read([token]) for token in tokens[15:])])
         np.testing.assert_allclose(read, expected, atol=1e-4)
+    check_weights_are_the_checkpoints_own_bytes(path)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-def test_weights_are_the_checkpoints_own_bytes(checkpoints, model_type):
-    folder, _ = checkpoints(model_type)
-    path = export(folder)
-    roles = {f"{layer}.{role}" for layer in open_checkpoint(folder).layer_names() for role in TENSOR_NAMES}
-    packed = roles & open_checkpoint(folder).locations.keys()
+def check_weights_are_the_checkpoints_own_bytes(path):
+    checkpoint = open_checkpoint(path.parent)
+    roles = {f"{layer}.{role}" for layer in checkpoint.layer_names() for role in TENSOR_NAMES}
+    packed = roles & checkpoint.locations.keys()
     assert packed and packed <= external_names(path)
     graph = onnx.load(path, load_external_data=False).graph
     assert sum(len(tensor.raw_data) for tensor in graph.initializer) < 10_000
@@ -130,8 +130,16 @@ def test_every_task(checkpoints, model_type, task):
     assert not list(onnx_problems(path, open_checkpoint(folder)))
 
 
-@pytest.mark.parametrize("stored_dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("weight_dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "weight_dtype,stored_dtype",
+    [
+        ("float32", torch.float16),
+        ("float16", torch.bfloat16),
+        ("bfloat16", torch.float16),
+        ("int8", torch.bfloat16),
+        ("int4", torch.float16),
+    ],
+)
 def test_agrees_with_torch_in_every_type(tmp_path, weight_dtype, stored_dtype):
     model = packed_checkpoint(tmp_path, "qwen2", weight_dtype, stored_dtype)
     tokens = random_tokens(12)
@@ -280,6 +288,12 @@ def test_refuses_another_pattern_than_is_stored(folder):
     refused(folder, "the configuration asks for")
     change_config(folder, quantization_config=config | {"format_version": 2})
     refused(folder, "format_version is 2")
+
+
+def test_says_which_extra_is_missing(folder, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "exporters" in name else find_spec(name))
+    refused(folder, r"optimum-onnx is not installed; `pip install optimum-nm\[onnx\]` brings it")
 
 
 def test_refuses_model_types_without_an_exporter(tmp_path):
