@@ -1,24 +1,25 @@
 // AVX2 kernels for few activation rows in float32: one output row at a time, one sequential stream per tensor.
 //
-// Up to three rows times floating-point values of which every second is kept: the activations are compressed, as the
-// four planes of their bytes, which vpshufb can permute (vpermps takes eight of the sixteen columns at once, a gather
-// 20 cycles). Dense values are read in place. Everything else is expanded to a row of float32 and multiplied as if
-// dense.
+// Where every second value is kept, float16 and bfloat16 are expanded in registers, for vpshufb moves eight of them at
+// once. float32 values are left as they are and the activations compressed, as the four planes of their bytes, which
+// vpshufb can permute, too (vpermps takes eight of the sixteen columns at once, a gather 20 cycles). Dense values are
+// read in place. Everything else is expanded to a row of float32 and multiplied as if dense.
 #include "avx2_rows.h"
 
 namespace nm {
 namespace {
 
-// Reading in place costs 40 instructions a step for each activation row, expanding 70 and then 16.
-constexpr int64_t kMostPlaneRows = 3;
-
-bool UsesPlanes(const Layout& l, int64_t rows) { return IsHalf(l) && !IsInteger(l.dtype) && rows <= kMostPlaneRows; }
+bool UsesPlanes(const Layout& l) { return IsHalf(l) && l.dtype == NM_FLOAT32; }
+bool UsesWords(const Layout& l) { return IsHalf(l) && (l.dtype == NM_FLOAT16 || l.dtype == NM_BFLOAT16); }
+// Widening bfloat16 in the lanes of a vector leaves the middle fours of 16 columns changed.
+bool UsesOrder(const Layout& l) { return UsesWords(l) && l.dtype == NM_BFLOAT16; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Packed activations.
 
 struct PackedRows {
   size_t natural;  // float32 in order
+  size_t ordered;  // float32, of each 16 columns the second and the third four changed
   size_t planes;   // of each step of 64 columns: their lowest bytes, the next ones, …
   size_t poison;   // float32 a row: NaN where an activation is not finite, which a pruned column would hide, else 0
   size_t total;
@@ -27,8 +28,9 @@ struct PackedRows {
 PackedRows PlanRows(const Layout& l, int64_t rows) {
   PackedRows p = {};
   Parts parts;
-  const bool planes = UsesPlanes(l, rows);
-  p.natural = parts.Take(!planes || l.row_outliers > 0 ? rows * NaturalColumns(l) * 4 : 0);
+  const bool planes = UsesPlanes(l);
+  p.natural = parts.Take((!planes && !UsesOrder(l)) || l.row_outliers > 0 ? rows * NaturalColumns(l) * 4 : 0);
+  p.ordered = UsesOrder(l) ? parts.Take(rows * NaturalColumns(l) * 4) : p.natural;
   p.planes = parts.Take(planes ? rows * PaddedColumns(l) * 4 : 0);
   p.poison = parts.Take(rows * 4);
   p.total = parts.total();
@@ -61,6 +63,15 @@ void PackPlanes(const Layout& l, const float* a, uint8_t* planes) {
   }
 }
 
+void PackOrdered(const Layout& l, const float* a, float* row) {
+  PackNatural(l, a, row);
+  for (int64_t column = 0; column < PaddedColumns(l); column += kBlock) {
+    const __m128 second = _mm_loadu_ps(row + column + 4), third = _mm_loadu_ps(row + column + 8);
+    _mm_storeu_ps(row + column + 4, third);
+    _mm_storeu_ps(row + column + 8, second);
+  }
+}
+
 // 0, or NaN if any of the activations is not finite.
 float PoisonOf(const float* a, int64_t count) {
   float zeros = 0;
@@ -75,11 +86,12 @@ float PoisonOf(const float* a, int64_t count) {
 void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
   const PackedRows p = PlanRows(l, rows);
   uint8_t* base = static_cast<uint8_t*>(packed);
-  const bool planes = UsesPlanes(l, rows);
+  const bool planes = UsesPlanes(l);
   for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
-    if (!planes || l.row_outliers > 0) {
+    if ((!planes && !UsesOrder(l)) || l.row_outliers > 0) {
       PackNatural(l, a, reinterpret_cast<float*>(base + p.natural) + row * NaturalColumns(l));
     }
+    if (UsesOrder(l)) PackOrdered(l, a, reinterpret_cast<float*>(base + p.ordered) + row * NaturalColumns(l));
     if (planes) PackPlanes(l, a, base + p.planes + row * PaddedColumns(l) * 4);
     reinterpret_cast<float*>(base + p.poison)[row] = planes ? PoisonOf(a, l.in_features) : 0.0f;
   }
@@ -88,33 +100,15 @@ void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int
 size_t PackedBytes(const Layout& l, int64_t rows) { return PlanRows(l, rows).total; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Half of the columns are kept. Indices in the order of lanes: a vector of eight activations has four of block 0 and
-// four of block 1, then the next four of both, then blocks 2 and 3. The values are loaded to match.
+// Half of the columns are kept, float32. Indices in the order of lanes: a vector of eight activations has four of block
+// 0 and four of block 1, then the next four of both, then blocks 2 and 3. The values are loaded to match.
 
 // The 32 values of a step.
-NM_PIECE void LaneValues(Float32, const uint8_t* v, __m256 (&values)[4]) {
+NM_PIECE void LaneValues(const uint8_t* v, __m256 (&values)[4]) {
   const float* f = reinterpret_cast<const float*>(v);
   for (int i = 0; i < 4; ++i) {
     const float* low = f + 16 * (i / 2) + 4 * (i % 2);
     values[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(low + 8), 1);
-  }
-}
-
-NM_PIECE void LaneValues(Float16, const uint8_t* v, __m256 (&values)[4]) {
-  for (int i = 0; i < 4; ++i) {
-    const uint8_t* low = v + 32 * (i / 2) + 8 * (i % 2);
-    const __m128d first = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)));
-    const __m128d both = _mm_loadh_pd(first, reinterpret_cast<const double*>(low + 16));
-    values[i] = _mm256_cvtph_ps(_mm_castpd_si128(both));
-  }
-}
-
-NM_PIECE void LaneValues(Bfloat16, const uint8_t* v, __m256 (&values)[4]) {
-  const __m256i zero = _mm256_setzero_si256();
-  for (int i = 0; i < 2; ++i) {
-    const __m256i words = Load256(v + 32 * i);
-    values[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, words));
-    values[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, words));
   }
 }
 
@@ -133,10 +127,10 @@ NM_PIECE void LaneActivations(const uint8_t* planes, __m256i index, __m256 (&kep
   }
 }
 
-template <class Type, class Pairs, int R>
+template <class Pairs, int R>
 NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs,
                        const uint8_t* planes, int64_t planes_stride, __m256 (&totals)[R][4]) {
-  constexpr int64_t kStepBytes = kStep / 2 * Type::kBytes;
+  constexpr int64_t kStepBytes = kStep / 2 * Float32::kBytes;
   __m256 sums[R][4];
   memcpy(sums, totals, sizeof(sums));
   Indices next = Pairs::Load(positions, table);
@@ -149,12 +143,94 @@ NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const ui
     for (int step = 0; step < 2; ++step, values += kStepBytes, planes += 4 * kStep) {
       for (int64_t i = 0; i < kStepBytes; i += 64) Prefetch(values + i);
       __m256 w[4], a[4];
-      LaneValues(Type(), values, w);
+      LaneValues(values, w);
       for (int r = 0; r < R; ++r) {
         LaneActivations(planes + r * planes_stride, step == 0 ? now.first : now.second, a);
         for (int i = 0; i < 4; ++i) sums[r][i] = _mm256_fmadd_ps(w[i], a[i], sums[r][i]);
       }
     }
+  }
+  memcpy(totals, sums, sizeof(sums));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Half of the columns are kept, 16-bit values: expanded block by block.
+
+// For every mask of 8 columns, the indices of vpshufb that bring its words to their columns, zero to the others: `low`
+// for values from the first on, `high` for the last of eight.
+struct WordTables {
+  uint8_t low[256][16];
+  uint8_t high[256][16];
+  constexpr WordTables() : low(), high() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int kept = 0;
+      for (int column = 0; column < 8; ++column) kept += mask >> column & 1;
+      for (int column = 0, rank = 0; column < 8; ++column) {
+        const bool here = mask >> column & 1;
+        for (int byte = 0; byte < 2; ++byte) {
+          low[mask][2 * column + byte] = static_cast<uint8_t>(here ? 2 * rank + byte : 0x80);
+          high[mask][2 * column + byte] = static_cast<uint8_t>(here ? 2 * (8 - kept + rank) + byte : 0x80);
+        }
+        rank += here;
+      }
+    }
+  }
+};
+alignas(64) constexpr WordTables kWordTables;
+
+// The mask of block i of a step's positions.
+template <int kBits>
+struct CodeMasks {
+  static constexpr int kBytes = kBits / 2;  // of four fields
+  template <int i>
+  static NM_PIECE uint32_t Mask(uint64_t fields, const uint16_t* table) {
+    return table[__bextr_u64(fields, kBits << 8 | i * kBits)];
+  }
+};
+struct StoredMasks {
+  static constexpr int kBytes = 8;
+  template <int i>
+  static NM_PIECE uint32_t Mask(uint64_t fields, const uint16_t*) {
+    return static_cast<uint32_t>(fields >> (16 * i) & 0xffff);
+  }
+};
+
+// 16 columns of words as float32.
+NM_PIECE void Widen(Float16, __m256i words, __m256 (&floats)[2]) {
+  floats[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+  floats[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+}
+NM_PIECE void Widen(Bfloat16, __m256i words, __m256 (&floats)[2]) {
+  floats[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), words));
+  floats[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), words));
+}
+
+template <class Type, int R>
+NM_PIECE void WordBlock(uint32_t mask, const uint8_t* values, const float* a, int64_t a_stride, __m256 (&sums)[R][4],
+                        int sum) {
+  const __m256i index = Lanes(Load128(kWordTables.low[mask & 255]), Load128(kWordTables.high[mask >> 8]));
+  __m256 w[2];
+  Widen(Type(), _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(Load128(values)), index), w);
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < 2; ++i) {
+      sums[r][sum + i] = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(a + r * a_stride + 8 * i), sums[r][sum + i]);
+    }
+  }
+}
+
+template <class Type, class Masks, int R>
+NM_LOOP void WordSteps(const uint8_t* positions, const uint16_t* table, const uint8_t* values, int64_t steps,
+                       const float* a, int64_t a_stride, __m256 (&totals)[R][4]) {
+  __m256 sums[R][4];
+  memcpy(sums, totals, sizeof(sums));
+  for (; steps > 0; --steps, positions += Masks::kBytes, values += kStep, a += kStep) {
+    Prefetch(values);
+    if (steps % 8 == 0) Prefetch(positions);
+    const uint64_t fields = InRegister(Load64(positions));
+    WordBlock<Type>(Masks::template Mask<0>(fields, table), values, a, a_stride, sums, 0);
+    WordBlock<Type>(Masks::template Mask<1>(fields, table), values + 16, a + 16, a_stride, sums, 2);
+    WordBlock<Type>(Masks::template Mask<2>(fields, table), values + 32, a + 32, a_stride, sums, 0);
+    WordBlock<Type>(Masks::template Mask<3>(fields, table), values + 48, a + 48, a_stride, sums, 2);
   }
   memcpy(totals, sums, sizeof(sums));
 }
@@ -204,11 +280,11 @@ struct Scratch {
   size_t total;
 };
 
-Scratch PlanScratch(const Layout& l, int64_t rows) {
+Scratch PlanScratch(const Layout& l) {
   Scratch s = {};
   Parts parts;
   const bool integers = IsInteger(l.dtype);
-  const bool expanded = integers || (!l.dense && !UsesPlanes(l, rows));
+  const bool expanded = integers || (!l.dense && !UsesPlanes(l) && !UsesWords(l));
   s.floats = parts.Take(expanded ? PaddedColumns(l) * 4 : 0);
   s.bytes = parts.Take(integers ? PaddedColumns(l) : 0);
   s.values = parts.Take(integers && !l.dense ? SignedValuesBytes(l) : 0);
@@ -216,7 +292,7 @@ Scratch PlanScratch(const Layout& l, int64_t rows) {
   return s;
 }
 
-size_t ScratchBytes(const Layout& l, int64_t rows) { return PlanScratch(l, rows).total; }
+size_t ScratchBytes(const Layout& l, int64_t) { return PlanScratch(l).total; }
 
 struct Call {
   const Layout& l;
@@ -226,8 +302,12 @@ struct Call {
   uint8_t* scratch;
   Scratch parts;
   PositionReader reader;
-  const uint32_t* table;
+  const uint32_t* column_table;
+  const uint16_t* mask_table;
 
+  const float* Ordered(int64_t row) const {
+    return reinterpret_cast<const float*>(packed + plan.ordered) + row * NaturalColumns(l);
+  }
   const float* Natural(int64_t row) const {
     return reinterpret_cast<const float*>(packed + plan.natural) + row * NaturalColumns(l);
   }
@@ -242,16 +322,16 @@ void Store(const Call& c, int64_t row, const __m256 (&sums)[R][4], float* y, int
   }
 }
 
-template <class Type, class Pairs>
-void HalfOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
+template <class Pairs>
+void PlanesOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
   const Layout& l = c.l;
   const uint8_t* positions = l.positions + output * l.position_bytes;
   const uint8_t* values = l.values + output * l.value_bytes;
   const int64_t whole = l.in_features / kPair;
-  const int64_t whole_bytes = whole * kPair / 2 * Type::kBytes;
-  uint8_t tail_positions[16], tail_values[kPair / 2 * Type::kBytes];
+  const int64_t whole_bytes = whole * kPair / 2 * Float32::kBytes;
+  uint8_t tail_positions[16], tail_values[kPair / 2 * Float32::kBytes];
   if (whole * kPair < l.in_features) {
-    CopyTailPositions(l, output, whole * Pairs::kBytes, tail_positions);
+    CopyTailPositions(l, output, whole * Pairs::kBytes, whole * kPair, tail_positions, sizeof(tail_positions));
     memset(tail_values, 0, sizeof(tail_values));
     memcpy(tail_values, values + whole_bytes, static_cast<size_t>(l.value_bytes - whole_bytes));
   }
@@ -263,9 +343,40 @@ void HalfOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
     for (auto& lanes : sums) {
       for (__m256& lane : lanes) lane = _mm256_setzero_ps();
     }
-    if (whole > 0) HalfPairs<Type, Pairs>(positions, c.table, values, whole, planes, stride, sums);
+    if (whole > 0) HalfPairs<Pairs>(positions, c.column_table, values, whole, planes, stride, sums);
     if (whole * kPair < l.in_features) {
-      HalfPairs<Type, Pairs>(tail_positions, c.table, tail_values, 1, planes + whole * kPair * 4, stride, sums);
+      HalfPairs<Pairs>(tail_positions, c.column_table, tail_values, 1, planes + whole * kPair * 4, stride, sums);
+    }
+    Store(c, row, sums, y, y_stride);
+  });
+}
+
+template <class Type, class Masks>
+void WordsOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
+  const Layout& l = c.l;
+  const uint8_t* positions = l.positions + output * l.position_bytes;
+  const uint8_t* values = l.values + output * l.value_bytes;
+  // Whole steps have 64 columns and 8 bytes of positions to load; at most two follow.
+  const int64_t loads = l.position_bytes < 8 ? 0 : (l.position_bytes - 8) / Masks::kBytes + 1;
+  const int64_t whole = Min(l.in_features / kStep, loads);
+  const int64_t rest = PaddedColumns(l) / kStep - whole;
+  uint8_t tail_positions[4 * 8], tail_values[3 * kStep + 16];
+  if (whole * kStep < l.in_features) {
+    CopyTailPositions(l, output, whole * Masks::kBytes, whole * kStep, tail_positions, sizeof(tail_positions));
+    memset(tail_values, 0, sizeof(tail_values));
+    memcpy(tail_values, values + whole * kStep, static_cast<size_t>(l.value_bytes - whole * kStep));
+  }
+  ForRows(c.rows, [&](auto count, int64_t row) {
+    constexpr int R = decltype(count)::value;
+    const int64_t stride = NaturalColumns(l);
+    __m256 sums[R][4];
+    for (auto& lanes : sums) {
+      for (__m256& lane : lanes) lane = _mm256_setzero_ps();
+    }
+    WordSteps<Type, Masks>(positions, c.mask_table, values, whole, c.Ordered(row), stride, sums);
+    if (whole * kStep < l.in_features) {
+      WordSteps<Type, Masks>(tail_positions, c.mask_table, tail_values, Min(rest, 3), c.Ordered(row) + whole * kStep,
+                             stride, sums);
     }
     Store(c, row, sums, y, y_stride);
   });
@@ -290,10 +401,17 @@ void FloatOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
   if (l.dense) {
     return DenseOutput<Type>(c, l.values + output * l.value_bytes, l.in_features, y, y_stride);
   }
-  if (UsesPlanes(l, c.rows)) {
-    const auto half = l.bitmap   ? HalfOutput<Type, MaskPairs<Order::kLanes>>
-                      : l.m == 4 ? HalfOutput<Type, CodePairs<12, Order::kLanes>>
-                                 : HalfOutput<Type, CodePairs<14, Order::kLanes>>;
+  if constexpr (Type::kBytes == 4) {
+    if (UsesPlanes(l)) {
+      const auto half = l.bitmap   ? PlanesOutput<MaskPairs<Order::kLanes>>
+                        : l.m == 4 ? PlanesOutput<CodePairs<12, Order::kLanes>>
+                                   : PlanesOutput<CodePairs<14, Order::kLanes>>;
+      return half(c, output, y, y_stride);
+    }
+  } else if (UsesWords(l)) {
+    const auto half = l.bitmap   ? WordsOutput<Type, StoredMasks>
+                      : l.m == 4 ? WordsOutput<Type, CodeMasks<12>>
+                                 : WordsOutput<Type, CodeMasks<14>>;
     return half(c, output, y, y_stride);
   }
   float* floats = reinterpret_cast<float*>(c.scratch + c.parts.floats);
@@ -316,9 +434,10 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
                      static_cast<const uint8_t*>(packed),
                      PlanRows(l, rows),
                      static_cast<uint8_t*>(scratch),
-                     PlanScratch(l, rows),
+                     PlanScratch(l),
                      PositionReader(l),
-                     IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr};
+                     UsesPlanes(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr,
+                     UsesWords(l) && !l.bitmap ? GetFieldTable(l.n, l.m).masks : nullptr};
   for (int64_t output = first; output < last; ++output) output_kernel(call, output, y + output - first, y_stride);
   if (l.row_outliers == 0) return;
   for (int64_t row = 0; row < rows; ++row) AddOutliers(l, first, last, call.Natural(row), y + row * y_stride);
@@ -329,16 +448,18 @@ bool Supports(const Layout& l) {
   return l.dtype == dtype && l.in_features <= INT32_MAX - 1024 && (l.row_scales <= 1 || l.scale_columns % 8 == 0);
 }
 
-constexpr int64_t kAny = INT64_MAX;
+constexpr int64_t kMostRows = 6;  // from then on panels are faster
 constexpr Kernel kKernels[] = {
-    {"float32 rows", Isa::kAvx2, false, kAny, Supports<NM_FLOAT32>, PackedBytes, PackRows, ScratchBytes,
+    {"float32 rows", Isa::kAvx2, false, kMostRows, Supports<NM_FLOAT32>, PackedBytes, PackRows, ScratchBytes,
      Run<FloatOutput<Float32>>},
-    {"float16 rows", Isa::kAvx2, false, kAny, Supports<NM_FLOAT16>, PackedBytes, PackRows, ScratchBytes,
+    {"float16 rows", Isa::kAvx2, false, kMostRows, Supports<NM_FLOAT16>, PackedBytes, PackRows, ScratchBytes,
      Run<FloatOutput<Float16>>},
-    {"bfloat16 rows", Isa::kAvx2, false, kAny, Supports<NM_BFLOAT16>, PackedBytes, PackRows, ScratchBytes,
+    {"bfloat16 rows", Isa::kAvx2, false, kMostRows, Supports<NM_BFLOAT16>, PackedBytes, PackRows, ScratchBytes,
      Run<FloatOutput<Bfloat16>>},
-    {"int8 rows", Isa::kAvx2, false, kAny, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes, Run<IntegerOutput>},
-    {"int4 rows", Isa::kAvx2, false, kAny, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes, Run<IntegerOutput>},
+    {"int8 rows", Isa::kAvx2, false, kMostRows, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes,
+     Run<IntegerOutput>},
+    {"int4 rows", Isa::kAvx2, false, kMostRows, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes,
+     Run<IntegerOutput>},
 };
 
 }  // namespace

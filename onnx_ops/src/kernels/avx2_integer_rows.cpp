@@ -384,7 +384,8 @@ class Outputs {
     const int64_t first = l_.dense ? whole * kPair : whole * kPair / 2;
     memset(tail_values_, 0, sizeof(tail_values_));
     UnpackSigned(l_, l_.values + output * l_.value_bytes, first, l_.row_values, tail_values_);
-    if (!l_.dense) CopyTailPositions(l_, output, whole * Pairs::kBytes, tail_positions_);
+    if (l_.dense) return;
+    CopyTailPositions(l_, output, whole * Pairs::kBytes, whole * kPair, tail_positions_, sizeof(tail_positions_));
   }
 
   // Weight scales times the scales of R activation rows.
@@ -454,10 +455,11 @@ bool Supports(const Layout& l) {
   return l.dtype == dtype && l.in_features <= INT32_MAX - 1024 && (l.row_scales == 1 || l.scale_columns % 32 == 0);
 }
 
+constexpr int64_t kMostRows = 16;  // from about 24 on panels are faster
 constexpr Kernel kKernels[] = {
-    {"int8 rows, int8 activations", Isa::kAvx2, true, INT64_MAX, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes,
+    {"int8 rows, int8 activations", Isa::kAvx2, true, kMostRows, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes,
      Run<Int8>},
-    {"int4 rows, int8 activations", Isa::kAvx2, true, INT64_MAX, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes,
+    {"int4 rows, int8 activations", Isa::kAvx2, true, kMostRows, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes,
      Run<Int4>},
 };
 

@@ -108,14 +108,15 @@ struct StoredPairs {
   static NM_PIECE Indices Load(const uint8_t* p, const uint32_t*) { return {Load256(p), Load256(p + 32)}; }
 };
 
-// The positions of an output row after `used` bytes, of fewer than 128 columns, to 16 bytes. A block of a bitmap that
-// the row leaves incomplete is filled up to eight columns, as MaskPairs expects.
-inline void CopyTailPositions(const Layout& l, int64_t output, int64_t used, uint8_t* tail) {
-  memset(tail, 0, 16);
+// The positions of an output row from column `first` on, which begin after `used` bytes, and zeros. A block of a bitmap
+// that the row leaves incomplete is filled up to eight columns, as the look-ups by halves of a mask expect.
+inline void CopyTailPositions(const Layout& l, int64_t output, int64_t used, int64_t first, uint8_t* tail,
+                              size_t bytes) {
+  memset(tail, 0, bytes);
   memcpy(tail, l.positions + output * l.position_bytes + used, static_cast<size_t>(l.position_bytes - used));
   if (!l.bitmap) return;
   for (int64_t column = l.groups * l.m; column % kBlock != 0; column += l.m) {
-    for (int64_t bit = column % kPair; bit < column % kPair + l.n; ++bit) tail[bit / 8] |= 1 << (bit % 8);
+    for (int64_t bit = column - first; bit < column - first + l.n; ++bit) tail[bit / 8] |= 1 << (bit % 8);
   }
 }
 
