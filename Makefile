@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 COMPAT := .venv-compat
 COMPAT_VERSIONS := transformers==5.24.0 onnxruntime==1.18.0 'numpy<2' 'pyarrow<22'
 COMPAT_TESTS := $(patsubst %,tests/test_%.py,packing linear embedding quantizer operator fallback sparsify)
-NATIVE := $(shell find onnx_ops -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+NATIVE := $(shell find onnx_ops examples/cpp -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
 .PHONY: demo test test-compat style benchmark clean
 
