@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "solver": "alps",
         "calibration_samples": 64,
-        "finetune": {"epochs": 5, "learning_rate": 3e-4, "batch_size": 2, "schedule": "cosine", "targets": "sparse"},
+        "finetune": {"epochs": 5, "learning_rate": 1e-3, "batch_size": 2, "schedule": "cosine", "targets": "sparse"},
     },
 }
 

@@ -226,6 +226,18 @@ def test_optimizer_runs_the_solver(solver, dtype, tiny_llama_folder, text, tmp_p
     assert errors[solver] < errors["mask"]
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_weights_that_no_token_reaches_are_pruned_by_magnitude(solver, tiny_llama_folder, text, tmp_path):
+    optimizer = NMOptimizer.from_pretrained(tiny_llama_folder)
+    optimizer.model.model.layers[0].mlp.unused = torch.nn.Linear(48, 32)
+    weight = optimizer.model.model.layers[0].mlp.unused.weight.detach().clone()
+    config = NMConfig(solver=solver, calibration_samples=4, calibration_length=32)
+    optimizer.optimize(tmp_path / "out", config, [text], progress=False)
+    packed = optimizer.model.model.layers[0].mlp.unused.packed
+    mask, _ = choose_masks(weight.abs(), layer_config("8:16"))
+    assert weight[packed.unpack() != 0].abs().sum() > 0.97 * weight[mask].abs().sum()
+
+
 @pytest.fixture(scope="module")
 def real_layers():
     """{name: (weight, statistics)} of the linear layers of a block in the middle of SmolLM2-135M, on an article."""

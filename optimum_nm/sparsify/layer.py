@@ -27,7 +27,7 @@ def needs_gram(config: NMConfig) -> bool:
 def solve_layer(
     weight: Tensor, statistics: InputStatistics, layer: LayerConfig, config: NMConfig, equalized: bool
 ) -> Solution:
-    """Prune one weight.
+    """Prune one weight; the values are floats whatever the layer stores.
 
     Args:
         weight: float32 `[out_features, in_features]`.
@@ -35,13 +35,23 @@ def solve_layer(
     """
     if config.solver == "mask":
         return _masked(weight, statistics, layer, config, equalized)
-    gram = statistics.gram
-    assert gram is not None
     if layer.pattern.is_dense and layer.outliers is None:
-        solution = Solution(weight, torch.ones(weight.shape, dtype=torch.bool), None)  # nothing to choose
-    else:
-        solution = SOLVERS[config.solver](weight, gram, layer)
-    return quantize_solution(weight, solution, gram, layer)
+        return Solution(weight, torch.ones(weight.shape, dtype=torch.bool), None)  # nothing to choose
+    assert statistics.gram is not None
+    return SOLVERS[config.solver](weight, statistics.gram, layer)
+
+
+def give_integers(
+    weight: Tensor, solution: Solution, statistics: InputStatistics, layer: LayerConfig, config: NMConfig
+) -> Solution:
+    """The solution with integer values near `weight` on the layer's inputs, where integers are stored.
+
+    With the solver "mask" packing rounds, and this returns the solution as it is.
+    """
+    if config.solver == "mask":
+        return solution
+    assert statistics.gram is not None
+    return quantize_solution(weight, solution, statistics.gram, layer)
 
 
 def pack_layer(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..config import NMConfig
+from ..config import INTEGER_DTYPES, LayerConfig, NMConfig
 from ..errors import NMError
 from ..nn.convert import dense_weight, linear_layers, replace_linear, set_dense_weight, untie_output
 from ..nn.embedding import check_shareable, share_embedding
@@ -21,7 +21,7 @@ from .architectures import decoder_blocks, output_layer_name
 from .block_inputs import BlockInputs
 from .equalize import fold_block
 from .finetune import finetune_block
-from .layer import needs_gram, pack_layer, solve_layer
+from .layer import give_integers, needs_gram, pack_layer, solve_layer
 from .solvers import Solution
 from .statistics import InputStatistics, StatisticsCollector
 from .summary import BlockLoss, LayerSummary, SparsificationSummary
@@ -153,8 +153,10 @@ def _sparsify_block(
         folded = fold_block(inputs.blocks[index], linears, statistics, inputs.hidden[0], run, config.equalization)
     solutions = _solve(linears, statistics, config, folded)
     loss = None
-    if config.finetune_settings is not None and solutions:
-        solutions, loss = _finetune(index, linears, inputs, targets, solutions, config)
+    if config.finetune is not None and solutions:
+        solutions, loss = _finetune(index, linears, inputs, targets, statistics, solutions, config)
+    else:
+        solutions = _give_integers(linears, statistics, solutions, config)
     packed, summaries = _pack(linears, statistics, solutions, config)
     for name, weight in packed.items():
         set_dense_weight(linears[name], weight.unpack().to(dense_weight(linears[name]).device))
@@ -169,7 +171,8 @@ def _sparsify_outside(
     with _collector(linears, inputs, config) as collector:
         inputs.run_surroundings()
     statistics = collector.statistics()
-    packed, summaries = _pack(linears, statistics, _solve(linears, statistics, config, set()), config)
+    solutions = _give_integers(linears, statistics, _solve(linears, statistics, config, set()), config)
+    packed, summaries = _pack(linears, statistics, solutions, config)
     _install(model, packed, linears)
     return summaries
 
@@ -187,24 +190,61 @@ def _solve(
     return solutions
 
 
+def _give_integers(
+    linears: dict[str, nn.Module],
+    statistics: dict[str, InputStatistics],
+    solutions: dict[str, Solution],
+    config: NMConfig,
+) -> dict[str, Solution]:
+    """Near the dense weights, where integers are stored."""
+    return {
+        name: give_integers(
+            dense_weight(linears[name]).detach().float(), solution, statistics[name], _layer(config, name), config
+        )
+        for name, solution in solutions.items()
+    }
+
+
 def _finetune(
     index: int,
     linears: dict[str, nn.Module],
     inputs: BlockInputs,
     targets: list[Tensor],
+    statistics: dict[str, InputStatistics],
     solutions: dict[str, Solution],
     config: NMConfig,
 ) -> tuple[dict[str, Solution], BlockLoss]:
-    assert config.finetune_settings is not None
+    """Train floats; where integers are stored, make the trained weights such, and train these.
+
+    Integers trained from the start hardly move, and end where the solver put them; integers near trained floats keep
+    what was learned (docs/accuracy.md).
+    """
+    settings = config.finetune_settings
+    assert settings is not None
     local_names = {module: name for name, module in inputs.blocks[index].named_modules()}
-    full_names = {local_names[linears[name]]: name for name in solutions}
-    start = {}
-    for local, name in full_names.items():
-        layer = config.layer(name)
-        assert layer is not None
-        start[local] = (solutions[name], layer)
-    tuned, loss = finetune_block(inputs, index, targets, start, config.finetune_settings, config.seed + index)
-    return {full_names[local]: solution for local, solution in tuned.items()}, loss
+    names = {name: local_names[linears[name]] for name in solutions}
+
+    def train(start: dict[str, Solution], layers: dict[str, LayerConfig]) -> tuple[dict[str, Solution], BlockLoss]:
+        local = {names[name]: (solution, layers[name]) for name, solution in start.items()}
+        tuned, loss = finetune_block(inputs, index, targets, local, settings, config.seed + index)
+        return {name: tuned[local_name] for name, local_name in names.items()}, loss
+
+    layers = {name: _layer(config, name) for name in solutions}
+    tuned, loss = train(solutions, {name: replace(layer, weight_dtype="float32") for name, layer in layers.items()})
+    if any(layer.weight_dtype in INTEGER_DTYPES for layer in layers.values()):
+        integers = {
+            name: give_integers(solution.weight, solution, statistics[name], layers[name], config)
+            for name, solution in tuned.items()
+        }
+        tuned, integer_loss = train(integers, layers)
+        loss = BlockLoss(loss.before, integer_loss.after)
+    return tuned, loss
+
+
+def _layer(config: NMConfig, name: str) -> LayerConfig:
+    layer = config.layer(name)
+    assert layer is not None
+    return layer
 
 
 def _pack(
@@ -216,9 +256,8 @@ def _pack(
     packed: dict[str, PackedWeight] = {}
     summaries: list[LayerSummary] = []
     for name, solution in solutions.items():
-        layer, weight = config.layer(name), dense_weight(linears[name]).detach().float()
-        assert layer is not None
-        packed[name], summary = pack_layer(name, weight, solution, statistics[name], layer)
+        weight = dense_weight(linears[name]).detach().float()
+        packed[name], summary = pack_layer(name, weight, solution, statistics[name], _layer(config, name))
         summaries.append(summary)
     return packed, summaries
 

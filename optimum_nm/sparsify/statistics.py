@@ -119,7 +119,7 @@ class StatisticsCollector:
         for name, module in self._linears.items():
             leader = self._leaders.get(name, name)
             if leader not in self._collected:
-                self._collected[leader] = InputStatistics.empty(module, False)
+                self._collected[leader] = InputStatistics.empty(module, self._with_gram)
             result[name] = self._collected[leader]
             if len(result[name].samples) > 1:
                 result[name].samples = [torch.cat(result[name].samples)]
