@@ -21,9 +21,9 @@ inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Blocks(const Layout& l) { return (l.in_features + kBlock - 1) / kBlock; }
 
 // As an integer: the address may lie past the end of the tensor.
-inline void Prefetch(const void* p) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(kPrefetch);
-  _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+inline void Prefetch(const void* p, int64_t ahead = kPrefetch) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead);
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
 }
 
 inline uint64_t Load64(const uint8_t* p) {

@@ -178,17 +178,21 @@ struct WordTables {
 };
 alignas(64) constexpr WordTables kWordTables;
 
-// The mask of block i of a step's positions.
+// The masks of a pair of steps: from two loads, each with the fields of four blocks from its lowest bit on.
 template <int kBits>
 struct CodeMasks {
-  static constexpr int kBytes = kBits / 2;  // of four fields
+  static constexpr int kBytes = kBits;  // of eight fields
+  static NM_PIECE uint64_t First(const uint8_t* p) { return Load64(p); }
+  static NM_PIECE uint64_t Second(const uint8_t* p) { return Load64(p + kBytes - 8) >> (64 - 4 * kBits); }
   template <int i>
   static NM_PIECE uint32_t Mask(uint64_t fields, const uint16_t* table) {
     return table[__bextr_u64(fields, kBits << 8 | i * kBits)];
   }
 };
 struct StoredMasks {
-  static constexpr int kBytes = 8;
+  static constexpr int kBytes = 16;
+  static NM_PIECE uint64_t First(const uint8_t* p) { return Load64(p); }
+  static NM_PIECE uint64_t Second(const uint8_t* p) { return Load64(p + 8); }
   template <int i>
   static NM_PIECE uint32_t Mask(uint64_t fields, const uint16_t*) {
     return static_cast<uint32_t>(fields >> (16 * i) & 0xffff);
@@ -219,18 +223,26 @@ NM_PIECE void WordBlock(uint32_t mask, const uint8_t* values, const float* a, in
 }
 
 template <class Type, class Masks, int R>
-NM_LOOP void WordSteps(const uint8_t* positions, const uint16_t* table, const uint8_t* values, int64_t steps,
+NM_PIECE void WordStep(uint64_t fields, const uint16_t* table, const uint8_t* values, const float* a, int64_t a_stride,
+                       __m256 (&sums)[R][4]) {
+  fields = InRegister(fields);
+  WordBlock<Type>(Masks::template Mask<0>(fields, table), values, a, a_stride, sums, 0);
+  WordBlock<Type>(Masks::template Mask<1>(fields, table), values + 16, a + 16, a_stride, sums, 2);
+  WordBlock<Type>(Masks::template Mask<2>(fields, table), values + 32, a + 32, a_stride, sums, 0);
+  WordBlock<Type>(Masks::template Mask<3>(fields, table), values + 48, a + 48, a_stride, sums, 2);
+}
+
+template <class Type, class Masks, int R>
+NM_LOOP void WordPairs(const uint8_t* positions, const uint16_t* table, const uint8_t* values, int64_t pairs,
                        const float* a, int64_t a_stride, __m256 (&totals)[R][4]) {
   __m256 sums[R][4];
   memcpy(sums, totals, sizeof(sums));
-  for (; steps > 0; --steps, positions += Masks::kBytes, values += kStep, a += kStep) {
+  for (; pairs > 0; --pairs, positions += Masks::kBytes, values += kPair, a += kPair) {
     Prefetch(values);
-    if (steps % 8 == 0) Prefetch(positions);
-    const uint64_t fields = InRegister(Load64(positions));
-    WordBlock<Type>(Masks::template Mask<0>(fields, table), values, a, a_stride, sums, 0);
-    WordBlock<Type>(Masks::template Mask<1>(fields, table), values + 16, a + 16, a_stride, sums, 2);
-    WordBlock<Type>(Masks::template Mask<2>(fields, table), values + 32, a + 32, a_stride, sums, 0);
-    WordBlock<Type>(Masks::template Mask<3>(fields, table), values + 48, a + 48, a_stride, sums, 2);
+    Prefetch(values + 64);
+    if (pairs % 4 == 0) Prefetch(positions);
+    WordStep<Type, Masks>(Masks::First(positions), table, values, a, a_stride, sums);
+    WordStep<Type, Masks>(Masks::Second(positions), table, values + kStep, a + kStep, a_stride, sums);
   }
   memcpy(totals, sums, sizeof(sums));
 }
@@ -356,15 +368,12 @@ void WordsOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
   const Layout& l = c.l;
   const uint8_t* positions = l.positions + output * l.position_bytes;
   const uint8_t* values = l.values + output * l.value_bytes;
-  // Whole steps have 64 columns and 8 bytes of positions to load; at most two follow.
-  const int64_t loads = l.position_bytes < 8 ? 0 : (l.position_bytes - 8) / Masks::kBytes + 1;
-  const int64_t whole = Min(l.in_features / kStep, loads);
-  const int64_t rest = PaddedColumns(l) / kStep - whole;
-  uint8_t tail_positions[4 * 8], tail_values[3 * kStep + 16];
-  if (whole * kStep < l.in_features) {
-    CopyTailPositions(l, output, whole * Masks::kBytes, whole * kStep, tail_positions, sizeof(tail_positions));
+  const int64_t whole = l.in_features / kPair;
+  uint8_t tail_positions[16], tail_values[kPair];
+  if (whole * kPair < l.in_features) {
+    CopyTailPositions(l, output, whole * Masks::kBytes, whole * kPair, tail_positions, sizeof(tail_positions));
     memset(tail_values, 0, sizeof(tail_values));
-    memcpy(tail_values, values + whole * kStep, static_cast<size_t>(l.value_bytes - whole * kStep));
+    memcpy(tail_values, values + whole * kPair, static_cast<size_t>(l.value_bytes - whole * kPair));
   }
   ForRows(c.rows, [&](auto count, int64_t row) {
     constexpr int R = decltype(count)::value;
@@ -373,10 +382,10 @@ void WordsOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
     for (auto& lanes : sums) {
       for (__m256& lane : lanes) lane = _mm256_setzero_ps();
     }
-    WordSteps<Type, Masks>(positions, c.mask_table, values, whole, c.Ordered(row), stride, sums);
-    if (whole * kStep < l.in_features) {
-      WordSteps<Type, Masks>(tail_positions, c.mask_table, tail_values, Min(rest, 3), c.Ordered(row) + whole * kStep,
-                             stride, sums);
+    WordPairs<Type, Masks>(positions, c.mask_table, values, whole, c.Ordered(row), stride, sums);
+    if (whole * kPair < l.in_features) {
+      WordPairs<Type, Masks>(tail_positions, c.mask_table, tail_values, 1, c.Ordered(row) + whole * kPair, stride,
+                             sums);
     }
     Store(c, row, sums, y, y_stride);
   });
