@@ -41,6 +41,12 @@ inline void UnpackSigned(const Layout& l, const uint8_t* row, int64_t first, int
     Store256(values, _mm256_sub_epi8(_mm256_and_si256(packed, low_bits), eight));
     Store256(values + 32, _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(packed, 4), low_bits), eight));
   }
+  if (last - i == kInt4Chunk / 2) {  // columns that are a multiple of 64, half of them kept
+    const __m128i packed = Load128(row + i / 2);
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
+    Store256(values, _mm256_sub_epi8(_mm256_and_si256(both, low_bits), eight));
+    return;
+  }
   if (i < last) UnpackInt4Chunk(row + i / 2, (last - i + 1) / 2, values);
 }
 

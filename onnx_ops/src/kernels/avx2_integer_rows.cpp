@@ -306,14 +306,17 @@ void UnitScales(const Layout& l, int64_t unit, int64_t output, int64_t padded_un
   Prefetch(halves);
   int64_t i = 0;
   if (l.scale_columns == unit) {
-    for (; i + 8 <= l.row_scales; i += 8) _mm256_store_ps(scales + i, _mm256_cvtph_ps(Load128(halves + 2 * i)));
+    // Eight at a time, if need be with some of the next row.
+    const int64_t there = (l.out_features - output) * l.row_scales;
+    for (; i < l.row_scales && i + 8 <= there; i += 8)
+      _mm256_store_ps(scales + i, _mm256_cvtph_ps(Load128(halves + 2 * i)));
   }
   for (int64_t group = i; group < l.row_scales; ++group) {
     const float scale = ScaleOf(l, output, group);
     const int64_t last = Min((group + 1) * l.scale_columns, l.in_features);
     for (; i * unit < last; ++i) scales[i] = scale;
   }
-  for (; i < padded_units; ++i) scales[i] = 0.0f;
+  for (i = Min(i, (l.in_features + unit - 1) / unit); i < padded_units; ++i) scales[i] = 0.0f;
 }
 
 // Runs a piece of work for one output row and R activation rows from `row` on.
@@ -336,12 +339,13 @@ class Outputs {
     float* scales = reinterpret_cast<float*>(scratch_ + parts_.scales);
     for (int64_t output = first; output < last; ++output) {
       UnitScales(l_, unit, output, units_, scales);
+      pairs_ = PairsInPlace(output);
       PrepareTail(output);
       if (!l_.dense && !IsHalf(l_)) {
         ExpandSigned(l_, reader_, output, scratch_ + parts_.values, scratch_ + parts_.bytes);
       }
       const bool stored = IsHalf(l_) && rows_ > 4;
-      if (stored) StorePairs<Pairs>(Positions(output), WholePairs(), table_, scratch_ + parts_.indices);
+      if (stored) StorePairs<Pairs>(Positions(output), pairs_, table_, scratch_ + parts_.indices);
       ForRows(rows_, [&](auto count, int64_t row) {
         constexpr int R = decltype(count)::value;
         float sums[R];
@@ -368,21 +372,32 @@ class Outputs {
   const int64_t columns_;
   const int64_t units_;  // padded
   const uint32_t* table_;
+  int64_t pairs_ = 0;  // of the present output row
   alignas(64) uint8_t tail_positions_[16];
   alignas(64) uint8_t tail_values_[kPair + 64];
 
-  int64_t WholePairs() const { return l_.in_features / kPair; }
+  // Pairs of an output row that are read where they are. int8 goes on into the next row, if there is one, times
+  // activations that are zero; int4 cannot, for the last chunk of a row is laid out by its own length.
+  int64_t PairsInPlace(int64_t output) const {
+    const int64_t complete = l_.in_features / kPair;
+    if (l_.dtype != NM_INT8 || (!l_.dense && l_.in_features % kBlock != 0)) return complete;
+    const int64_t pairs = columns_ / kPair;
+    const int64_t rows_left = l_.out_features - output;
+    if (pairs * (l_.dense ? kPair : kPair / 2) > rows_left * l_.value_bytes) return complete;
+    if (!l_.dense && pairs * Pairs::kBytes > rows_left * l_.position_bytes) return complete;
+    return pairs;
+  }
   const uint8_t* Positions(int64_t output) const { return l_.positions + output * l_.position_bytes; }
   const float* Natural(int64_t row) const {
     return reinterpret_cast<const float*>(packed_ + plan_.natural) + row * NaturalColumns(l_);
   }
 
-  // Copies what follows the whole pairs, so that it can be read like one.
+  // Copies what follows those pairs, so that it can be read like one.
   void PrepareTail(int64_t output) {
-    const int64_t whole = WholePairs();
-    if (whole * kPair == l_.in_features || (!l_.dense && !IsHalf(l_))) return;
+    const int64_t whole = pairs_;
+    if (whole * kPair >= l_.in_features || (!l_.dense && !IsHalf(l_))) return;
     const int64_t first = l_.dense ? whole * kPair : whole * kPair / 2;
-    memset(tail_values_, 0, sizeof(tail_values_));
+    memset(tail_values_, 0, kPair);
     UnpackSigned(l_, l_.values + output * l_.value_bytes, first, l_.row_values, tail_values_);
     if (l_.dense) return;
     CopyTailPositions(l_, output, whole * Pairs::kBytes, whole * kPair, tail_positions_, sizeof(tail_positions_));
@@ -408,7 +423,7 @@ class Outputs {
     const uint8_t* values = l_.values + output * l_.value_bytes;
     Rows<R> rows = {packed_ + plan_.bytes + row * columns_, columns_, products, units_, {}};
     for (__m256& total : rows.totals) total = _mm256_setzero_ps();
-    const int64_t whole = WholePairs();
+    const int64_t whole = pairs_;
     if (!l_.dense && !IsHalf(l_)) {
       DensePairs<Signed, unit>(scratch_ + parts_.bytes, columns_ / kPair, rows);
     } else {
