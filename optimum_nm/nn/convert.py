@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import NMError
-
-if TYPE_CHECKING:  # importing it registers the quantizer, which needs this module whole
-    from transformers import PreTrainedModel
 
 DENSE_LINEARS = (nn.Linear, Conv1D)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..config import LayerConfig
 from ..errors import NMError
 from ..packing.packed_weight import TENSOR_NAMES, PackedWeight
 from .linear import NMLinear
-
-if TYPE_CHECKING:  # importing it registers the quantizer, which needs this module whole
-    from transformers import PreTrainedModel
 
 
 class NMEmbedding(nn.Module):
