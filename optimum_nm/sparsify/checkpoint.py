@@ -33,7 +33,9 @@ def output_folder(save_dir: str | Path, overwrite: bool) -> Iterator[Path]:
     """
     target = Path(save_dir).expanduser().absolute()
     if target.exists() and not overwrite:
-        raise NMError(f"output folder {save_dir} exists; choose another, or overwrite it (--overwrite, overwrite=True).")
+        raise NMError(
+            f"output folder {save_dir} exists; choose another, or overwrite it (--overwrite, overwrite=True)."
+        )
     if target.exists() and not (target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir()))):
         raise NMError(f"output folder {save_dir} is not a model folder; only a model's or an empty one is replaced.")
     created = [parent for parent in target.parents if not parent.exists()]
