@@ -130,7 +130,6 @@ void Accumulate(const WeightList& list, const float* slice, float* sums) {
     const float* a = reinterpret_cast<const float*>(base + kOffsetBytes * (offset & 0xffff));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) chain[r] = _mm256_fmadd_ps(weight, _mm256_load_ps(a + kLanes * r), chain[r]);
-    asm volatile("" : "+x"(chain[0]) : : "memory");  // keeps GCC from starting the next weight's sums too early
   };
   const float* end = list.values + list.count;
   const uint16_t* offsets = list.offsets;
@@ -337,7 +336,13 @@ class PanelProduct {
       const float* columns = activations + slice * panels_.slice * panels_.width();
       const int64_t* starts = list_starts_ + slice * (outputs_ + 1);
       float* sums = sums_ + panel * outputs_ * panels_.width();
-      for (int64_t output = 0; output < outputs_; ++output, sums += panels_.width()) {
+      const int64_t slice_bytes = panels_.slice * panels_.width() * static_cast<int64_t>(sizeof(float));
+      const int64_t ahead = RoundUp(slice_bytes / outputs_, 64);  // of the next slice, while this one is in use
+      const uint8_t* next = reinterpret_cast<const uint8_t*>(columns) + slice_bytes;
+      for (int64_t output = 0; output < outputs_; ++output, sums += panels_.width(), next += ahead) {
+        for (int64_t i = 0; i < ahead; i += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
+        }
         const int64_t count = starts[output + 1] - starts[output];
         if (count > 0) accumulate(ListAt(slice, starts[output], count), columns, sums);
       }

@@ -10,6 +10,8 @@ namespace nm {
 namespace {
 
 constexpr int64_t kMostPieces = 64;
+constexpr int64_t kManyRows = 64;
+constexpr int64_t kWideOutputs = 128;
 constexpr int64_t kLeastPieceBytes =
     24 << 10;  // of weights times activation rows: below it threads cost more than they give
 
@@ -109,11 +111,14 @@ void ForEach(const nm_matmul_args& args, nm_task task, Call* call, int64_t count
 }
 
 // Output rows of a piece: a multiple of kOutputTile, at most kMostPieces pieces, none too small to be worth a thread.
+// Every piece reads all activations: where those are many, it is worth kWideOutputs if eight pieces remain.
 int64_t PieceOutputs(const Layout& l, int64_t rows) {
   const int64_t output_bytes = l.value_bytes + l.position_bytes + 2 * l.row_scales + l.outlier_bytes + l.row_outliers;
   const int64_t by_count = l.out_features / kMostPieces + (l.out_features % kMostPieces != 0);
   const int64_t by_bytes = kLeastPieceBytes / (output_bytes * (rows < 64 ? rows : 64)) + 1;
-  const int64_t outputs = by_count > by_bytes ? by_count : by_bytes;
+  int64_t outputs = by_count > by_bytes ? by_count : by_bytes;
+  const int64_t by_rows = rows < kManyRows ? 0 : l.out_features / 8 < kWideOutputs ? l.out_features / 8 : kWideOutputs;
+  if (by_rows > outputs) outputs = by_rows;
   return (outputs + kOutputTile - 1) / kOutputTile * kOutputTile;
 }
 
