@@ -173,15 +173,13 @@ class Unpacker {
     Finish(to);
   }
 
-  // One output, with zeros between the kept weights.
-  void Spread(int64_t output, Unit* to) const {
+  // One output, with zeros between the kept weights; masks of the step's blocks of 16 columns.
+  void Spread(int64_t output, const uint16_t* masks, Unit* to) const {
     alignas(32) uint8_t values[kUnpacked];
     Values(output, values);
     if (layout_.dense) {
       memcpy(to->weights, values, kStepColumns);
     } else {
-      uint16_t masks[16] = {};
-      reader_.Masks(output, first_block_, blocks_, masks);
       int64_t at = 0;
       for (int64_t i = 0; i < kStepBlocks; ++i) {
         const __m128i spread = _mm_shuffle_epi8(Load128(values + at), RanksOfMask(masks[i]));
@@ -385,7 +383,9 @@ template <bool kPicked, int dtype>
 class IntegerTiles {
  public:
   IntegerTiles(const Layout& l, int64_t rows, const void* packed, void* scratch)
-      : plan_(l, rows),
+      : layout_(l),
+        plan_(l, rows),
+        reader_(l),
         unpackers_{Unpacker(l), Unpacker(l), Unpacker(l), Unpacker(l)},
         rows_(rows),
         packed_(static_cast<const uint8_t*>(packed)) {
@@ -418,14 +418,17 @@ class IntegerTiles {
  private:
   void Unpack(int64_t first, int64_t last, int64_t units, int64_t step, int64_t steps) {
     for (int64_t i = 0; i < steps; ++i) unpackers_[i].SetStep(step + i);
+    const int64_t blocks = Min(steps * kStepBlocks, Blocks(layout_) - step * kStepBlocks);
     for (int64_t unit = 0; unit < units; ++unit) {
       const int64_t output = first + unit * kOutputs;
+      uint16_t masks[kStepsHeld * kStepBlocks] = {};
+      if (!kPicked) reader_.Masks(output, step * kStepBlocks, blocks, masks);
       for (int64_t i = 0; i < steps; ++i) {
         Unit* to = units_ + i * kUnitTile + unit;
         if (kPicked) {
           unpackers_[i].Pick(output, Min(output + 1, last - 1), to);
         } else {
-          unpackers_[i].Spread(output, to);
+          unpackers_[i].Spread(output, masks + i * kStepBlocks, to);
         }
       }
     }
@@ -462,7 +465,9 @@ class IntegerTiles {
     }
   }
 
+  const Layout& layout_;
   const PackedTiles plan_;
+  const PositionReader reader_;
   Unpacker unpackers_[kStepsHeld];
   const int64_t rows_;
   const uint8_t* packed_;
