@@ -99,22 +99,34 @@ inline __m128i RanksOfMask(uint32_t mask) {
   return _mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(kByteTables.ranks[low]));
 }
 
-// Masks of eight 32-wide groups from their codes, one group a lane: column by column from the highest, a group that has
-// `left` columns to place takes this one when its rank is at least C(column, left).
-inline __m256i UnrankWide(__m256i codes, int n) {
-  const __m256i top = _mm256_set1_epi32(INT32_MIN);  // to compare unsigned
-  __m256i left = _mm256_set1_epi32(n);
-  __m256i masks = _mm256_setzero_si256();
-  const uint32_t* thresholds = WideThresholds();
-  for (int column = 31; column >= 0; --column) {
-    const int* row = reinterpret_cast<const int*>(thresholds + 32 * column);
-    const __m256i below = _mm256_i32gather_epi32(row, left, 4);
-    const __m256i skip = _mm256_cmpgt_epi32(_mm256_xor_si256(below, top), _mm256_xor_si256(codes, top));
-    codes = _mm256_sub_epi32(codes, _mm256_andnot_si256(skip, below));
-    left = _mm256_sub_epi32(left, _mm256_andnot_si256(skip, _mm256_set1_epi32(1)));
-    masks = _mm256_or_si256(masks, _mm256_andnot_si256(skip, _mm256_set1_epi32(static_cast<int>(1u << column))));
+// thresholds[left], left at most `largest`, a lane. (A gather takes three times as long.)
+inline __m256i Thresholds(const uint32_t* thresholds, __m256i left, int largest) {
+  __m256i found = _mm256_permutevar8x32_epi32(Load256(thresholds), left);  // by the lowest three bits
+  for (int first = 8; first <= largest; first += 8) {
+    const __m256i here = _mm256_cmpgt_epi32(left, _mm256_set1_epi32(first - 1));
+    found = _mm256_blendv_epi8(found, _mm256_permutevar8x32_epi32(Load256(thresholds + first), left), here);
   }
-  return masks;
+  return found;
+}
+
+// Masks of sixteen 32-wide groups from their codes, one group a lane: column by column from the highest, a group that
+// has `left` columns to place takes this one when its rank is at least C(column, left). Two vectors in turn, for each
+// alone waits for itself.
+inline void UnrankWide(__m256i (&codes)[2], int n, __m256i (&masks)[2]) {
+  const __m256i top = _mm256_set1_epi32(INT32_MIN);  // to compare unsigned
+  __m256i left[2] = {_mm256_set1_epi32(n), _mm256_set1_epi32(n)};
+  masks[0] = masks[1] = _mm256_setzero_si256();
+  for (int column = 31; column >= 0; --column) {
+    const uint32_t* row = WideThresholds() + 32 * column;
+    for (int i = 0; i < 2; ++i) {
+      const __m256i below = Thresholds(row, left[i], n);
+      const __m256i skip = _mm256_cmpgt_epi32(_mm256_xor_si256(below, top), _mm256_xor_si256(codes[i], top));
+      codes[i] = _mm256_sub_epi32(codes[i], _mm256_andnot_si256(skip, below));
+      left[i] = _mm256_sub_epi32(left[i], _mm256_andnot_si256(skip, _mm256_set1_epi32(1)));
+      const __m256i bit = _mm256_set1_epi32(static_cast<int>(1u << column));
+      masks[i] = _mm256_or_si256(masks[i], _mm256_andnot_si256(skip, bit));
+    }
+  }
 }
 
 // Reads the positions of output rows, whatever the pattern and the format. Hostile bytes give masks with other numbers
@@ -178,12 +190,19 @@ class PositionReader {
 
   void WideMasks(const uint8_t* row, int64_t first, int64_t count, uint16_t* masks) const {
     const Layout& l = layout_;
-    for (int64_t i = 0; i < count; i += 16) {
-      alignas(32) uint32_t codes[8];
-      for (int64_t group = 0; group < 8; ++group) {
-        codes[group] = ReadBits(row, l.position_bytes, ((first + i) / 2 + group) * l.code_bits, l.code_bits);
+    for (int64_t i = 0; i < count; i += 32) {
+      __m256i codes[2], found[2];
+      for (int64_t half = 0; half < 2; ++half) {
+        alignas(32) uint32_t fields[8];
+        for (int64_t group = 0; group < 8; ++group) {
+          const int64_t at = (first + i) / 2 + 8 * half + group;
+          fields[group] = ReadBits(row, l.position_bytes, at * l.code_bits, l.code_bits);
+        }
+        codes[half] = Load256(fields);
       }
-      Store256(masks + i, UnrankWide(Load256(codes), l.n));
+      UnrankWide(codes, l.n, found);
+      Store256(masks + i, found[0]);
+      if (i + 16 < count) Store256(masks + i + 16, found[1]);
     }
   }
 
