@@ -31,7 +31,7 @@ struct Panels {
     count = (all + vectors - 1) / vectors;
     last_vectors = all - (count - 1) * vectors;
     columns = RoundUp(l.in_features, kWideSlice);
-    slice = outliers_only ? kChunk : vectors > 4 ? kNarrowSlice : kWideSlice;
+    slice = vectors > 4 && !outliers_only ? kNarrowSlice : kWideSlice;  // a list of outliers is short
   }
   int64_t width() const { return vectors * kLanes; }
   int64_t VectorsOf(int64_t panel) const { return panel == count - 1 ? last_vectors : vectors; }
