@@ -189,7 +189,7 @@ void AddOutliers(const Layout& l, int64_t first, int64_t last, const float* a, f
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Activation rows in turns of up to four, each with a kernel of its own size.
+// Activation rows in turns of four, two and one, each with a kernel of its own.
 
 template <int n>
 struct Count {
@@ -200,9 +200,8 @@ template <class Body>
 void ForRows(int64_t rows, const Body& body) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) body(Count<4>(), r);
-  if (rows - r == 3) body(Count<3>(), r);
-  if (rows - r == 2) body(Count<2>(), r);
-  if (rows - r == 1) body(Count<1>(), r);
+  for (; r + 2 <= rows; r += 2) body(Count<2>(), r);
+  if (r < rows) body(Count<1>(), r);
 }
 
 // A row in order, zeros after it, for the outliers and for weights that are expanded.
