@@ -31,12 +31,12 @@ typedef struct nm_weight {
   int64_t out_features;
   int32_t n;
   int32_t m;
-  int32_t dtype;          // enum nm_dtype
+  int32_t dtype;             // enum nm_dtype
   int32_t positions_format;  // enum nm_positions
-  int64_t group_size;     // dense columns a scale covers, a multiple of m; -1: the whole row. Read for int8 and int4
-  int32_t outlier_k;      // 0: no outliers
-  int32_t outlier_block;  // at most 256
-  int32_t outlier_dtype;  // NM_FLOAT16 or NM_FLOAT32
+  int64_t group_size;        // dense columns a scale covers, a multiple of m; -1: the whole row. Read for int8 and int4
+  int32_t outlier_k;         // 0: no outliers
+  int32_t outlier_block;     // at most 256
+  int32_t outlier_dtype;     // NM_FLOAT16 or NM_FLOAT32
   nm_buffer values;
   nm_buffer positions;
   nm_buffer scales;
@@ -44,9 +44,9 @@ typedef struct nm_weight {
   nm_buffer outlier_positions;
 } nm_weight;
 
-// Checks everything that reading the weight relies on: attributes, sizes of all buffers, N bits in every group or every code
-// below C(M,N), outlier positions ascending inside their block. Returns 0, or writes one sentence to message (always
-// terminated) and returns 1. Reads the positions once; never the values.
+// Checks everything that reading the weight relies on: attributes, sizes of all buffers, N bits in every group or every
+// code below C(M,N), outlier positions ascending inside their block. Returns 0, or writes one sentence to message
+// (always terminated) and returns 1. Reads the positions once; never the values.
 NM_EXPORT int nm_weight_check(const nm_weight* weight, char* message, size_t message_bytes);
 
 // Runs task(context, 0 … count-1), in any order, on any threads, and returns when all are done.
@@ -63,7 +63,7 @@ typedef struct nm_matmul_args {
   int64_t rows;              // may be 0
   int32_t activation_dtype;  // of a and y: NM_FLOAT32, NM_FLOAT16 or NM_BFLOAT16
   int32_t bias_dtype;        // NM_FLOAT32, NM_FLOAT16 or NM_BFLOAT16
-  int32_t accuracy_level;    // 0: float32 arithmetic. 4: int8 activations per row and block where the values are integers
+  int32_t accuracy_level;  // 0: float32 arithmetic. 4: int8 activations per row and block where the values are integers
   nm_parallel_for parallel_for;  // null: the calling thread does everything
   void* pool;                    // passed to parallel_for
 } nm_matmul_args;
