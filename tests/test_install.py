@@ -1,8 +1,10 @@
 """The wheel serves every Python 3 of a platform, carries the library and the command, and optimum-cli lists it."""
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -41,8 +43,12 @@ def test_wheel_works_by_itself(wheel, tmp_path):
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path, wheel], check=True
     )
     script = "import optimum_nm, pathlib; print(optimum_nm.__file__, optimum_nm.library_path())"
-    environment = {"PYTHONPATH": str(tmp_path), "OPTIMUM_NM_LIBRARY": ""}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    # without site, so that this environment's editable install is not found first
+    search_path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+    environment = {"PYTHONPATH": search_path, "OPTIMUM_NM_LIBRARY": ""}
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     package, library = run.stdout.split()
     assert package.startswith(str(tmp_path)) and library.startswith(str(tmp_path))
     assert Path(library).is_file()

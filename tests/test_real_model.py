@@ -55,7 +55,9 @@ def reference(sparse, prompt):
 def generate(model, prompt):
     """The most likely tokens one by one, also past an end of the text."""
     model.generation_config.eos_token_id = None
-    tokens = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+    inputs = torch.tensor([prompt])
+    attended = torch.ones_like(inputs)  # else ends of messages, which are the padding token too, would be left out
+    tokens = model.generate(inputs, attention_mask=attended, max_new_tokens=NEW_TOKENS, do_sample=False)
     return tokens[0, len(prompt) :].tolist()
 
 
