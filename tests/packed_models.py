@@ -17,6 +17,18 @@ DIMENSIONS = TOKENS | {
     "max_position_embeddings": 256,
 }
 GPT = TOKENS | {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
+# Architectures that are loaded and traced, with what their configuration needs beside DIMENSIONS.
+MODELS = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 16},
+    "phi": {"num_attention_heads": 2},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "gpt2": {},
+    "gpt_neox": {},
+}
 
 
 def packed_checkpoint(

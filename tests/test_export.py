@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from packed_models import packed_checkpoint, random_tokens, torch_logits
+from packed_models import MODELS, packed_checkpoint, random_tokens, torch_logits
 
 from optimum_nm import NMModelForCausalLM
 from optimum_nm.errors import NMError
@@ -24,18 +24,6 @@ from optimum_nm.onnx.export import export_checkpoint
 from optimum_nm.onnx.traced import TASKS
 from optimum_nm.packing.packed_weight import TENSOR_NAMES
 from optimum_nm.runtime.session import session_options
-
-MODELS = {
-    "llama": {"tie_word_embeddings": True},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-    "gemma": {"head_dim": 16},
-    "phi": {"num_attention_heads": 2},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "gpt2": {},
-    "gpt_neox": {},
-}
 
 
 @pytest.fixture(scope="module")

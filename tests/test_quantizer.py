@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_models import packed_checkpoint, random_tokens, torch_logits
+from packed_models import MODELS, packed_checkpoint, random_tokens, torch_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -16,17 +16,6 @@ from optimum_nm import NMLinear, NMModelForCausalLM
 from optimum_nm.errors import NMError
 from optimum_nm.nn.convert import linear_layers
 
-MODELS = {
-    "llama": {"tie_word_embeddings": True},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-    "gemma": {"head_dim": 16},
-    "phi": {"num_attention_heads": 2},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "gpt2": {},
-    "gpt_neox": {},
-}
 TOKENS = random_tokens(9)
 
 
