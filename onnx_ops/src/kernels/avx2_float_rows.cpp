@@ -18,10 +18,11 @@ bool UsesOrder(const Layout& l) { return UsesWords(l) && l.dtype == NM_BFLOAT16;
 // Packed activations.
 
 struct PackedRows {
-  size_t natural;  // float32 in order
-  size_t ordered;  // float32, of each 16 columns the second and the third four changed
-  size_t planes;   // of each step of 64 columns: their lowest bytes, the next ones, …
-  size_t poison;   // float32 a row: NaN where an activation is not finite, which a pruned column would hide, else 0
+  size_t natural;   // float32 in order
+  size_t ordered;   // float32, of each 16 columns the second and the third four changed
+  size_t planes;    // of each step of 64 columns: their lowest bytes, the next ones, …
+  size_t poison;    // float32 a row: NaN where an activation is not finite, which a pruned column would hide, else 0
+  size_t outliers;  // float32, for those
   size_t total;
 };
 
@@ -29,10 +30,11 @@ PackedRows PlanRows(const Layout& l, int64_t rows) {
   PackedRows p = {};
   Parts parts;
   const bool planes = UsesPlanes(l);
-  p.natural = parts.Take((!planes && !UsesOrder(l)) || l.row_outliers > 0 ? rows * NaturalColumns(l) * 4 : 0);
+  p.natural = parts.Take(!planes && !UsesOrder(l) ? rows * NaturalColumns(l) * 4 : 0);
   p.ordered = UsesOrder(l) ? parts.Take(rows * NaturalColumns(l) * 4) : p.natural;
   p.planes = parts.Take(planes ? rows * PaddedColumns(l) * 4 : 0);
   p.poison = parts.Take(rows * 4);
+  p.outliers = parts.Take(OutlierActivationBytes(l, rows));
   p.total = parts.total();
   return p;
 }
@@ -87,8 +89,9 @@ void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int
   const PackedRows p = PlanRows(l, rows);
   uint8_t* base = static_cast<uint8_t*>(packed);
   const bool planes = UsesPlanes(l);
+  PackOutlierActivations(l, a, rows, reinterpret_cast<float*>(base + p.outliers));
   for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
-    if ((!planes && !UsesOrder(l)) || l.row_outliers > 0) {
+    if (!planes && !UsesOrder(l)) {
       PackNatural(l, a, reinterpret_cast<float*>(base + p.natural) + row * NaturalColumns(l));
     }
     if (UsesOrder(l)) PackOrdered(l, a, reinterpret_cast<float*>(base + p.ordered) + row * NaturalColumns(l));
@@ -447,9 +450,15 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
                      PositionReader(l),
                      UsesPlanes(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr,
                      UsesWords(l) && !l.bitmap ? GetFieldTable(l.n, l.m).masks : nullptr};
-  for (int64_t output = first; output < last; ++output) output_kernel(call, output, y + output - first, y_stride);
-  if (l.row_outliers == 0) return;
-  for (int64_t row = 0; row < rows; ++row) AddOutliers(l, first, last, call.Natural(row), y + row * y_stride);
+  const float* outliers = reinterpret_cast<const float*>(call.packed + call.plan.outliers);
+  for (int64_t end; first < last; y += end - first, first = end) {
+    end = Min(first + kOutlierTile, last);
+    for (int64_t output = first; output < end; ++output) {
+      PrefetchOutliers(l, output);
+      output_kernel(call, output, y + output - first, y_stride);
+    }
+    if (l.row_outliers > 0) AddOutliers(l, rows, outliers, first, end, y, y_stride);
+  }
 }
 
 template <int dtype>

@@ -17,18 +17,18 @@ int64_t PaddedUnits(const Layout& l) { return RoundUp(PaddedColumns(l) / UnitCol
 // Packed activations.
 
 struct PackedRows {
-  size_t natural;  // float32, for outliers
-  size_t bytes;    // int8
-  size_t scales;   // float32 a unit
+  size_t bytes;     // int8
+  size_t scales;    // float32 a unit
+  size_t outliers;  // float32, for those
   size_t total;
 };
 
 PackedRows PlanRows(const Layout& l, int64_t rows) {
   PackedRows p = {};
   Parts parts;
-  p.natural = parts.Take(l.row_outliers > 0 ? rows * NaturalColumns(l) * 4 : 0);
   p.bytes = parts.Take(rows * PaddedColumns(l));
   p.scales = parts.Take(rows * PaddedUnits(l) * 4);
+  p.outliers = parts.Take(OutlierActivationBytes(l, rows));
   p.total = parts.total();
   return p;
 }
@@ -70,8 +70,8 @@ void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int
   const PackedRows p = PlanRows(l, rows);
   uint8_t* base = static_cast<uint8_t*>(packed);
   const int64_t unit = UnitColumns(l);
+  PackOutlierActivations(l, a, rows, reinterpret_cast<float*>(base + p.outliers));
   for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
-    if (l.row_outliers > 0) PackNatural(l, a, reinterpret_cast<float*>(base + p.natural) + row * NaturalColumns(l));
     uint8_t* bytes = base + p.bytes + row * PaddedColumns(l);
     float* scales = reinterpret_cast<float*>(base + p.scales) + row * PaddedUnits(l);
     memset(scales, 0, static_cast<size_t>(PaddedUnits(l)) * sizeof(float));
@@ -336,29 +336,12 @@ class Outputs {
         table_(IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr) {}
 
   void Run(int64_t first, int64_t last, float* y, int64_t y_stride) {
-    float* scales = reinterpret_cast<float*>(scratch_ + parts_.scales);
-    for (int64_t output = first; output < last; ++output) {
-      UnitScales(l_, unit, output, units_, scales);
-      pairs_ = PairsInPlace(output);
-      PrepareTail(output);
-      if (!l_.dense && !IsHalf(l_)) {
-        ExpandSigned(l_, reader_, output, scratch_ + parts_.values, scratch_ + parts_.bytes);
-      }
-      const bool stored = IsHalf(l_) && rows_ > 4;
-      if (stored) StorePairs<Pairs>(Positions(output), pairs_, table_, scratch_ + parts_.indices);
-      ForRows(rows_, [&](auto count, int64_t row) {
-        constexpr int R = decltype(count)::value;
-        float sums[R];
-        if (stored) {
-          Multiply<StoredPairs, R>(scratch_ + parts_.indices, output, row, sums);
-        } else {
-          Multiply<Pairs, R>(Positions(output), output, row, sums);
-        }
-        for (int r = 0; r < R; ++r) y[(row + r) * y_stride + output - first] = sums[r];
-      });
+    const float* outliers = reinterpret_cast<const float*>(packed_ + plan_.outliers);
+    for (int64_t end; first < last; y += end - first, first = end) {
+      end = Min(first + kOutlierTile, last);
+      for (int64_t output = first; output < end; ++output) OneOutput(output, y + output - first, y_stride);
+      if (l_.row_outliers > 0) AddOutliers(l_, rows_, outliers, first, end, y, y_stride);
     }
-    if (l_.row_outliers == 0) return;
-    for (int64_t row = 0; row < rows_; ++row) AddOutliers(l_, first, last, Natural(row), y + row * y_stride);
   }
 
  private:
@@ -388,8 +371,28 @@ class Outputs {
     return pairs;
   }
   const uint8_t* Positions(int64_t output) const { return l_.positions + output * l_.position_bytes; }
-  const float* Natural(int64_t row) const {
-    return reinterpret_cast<const float*>(packed_ + plan_.natural) + row * NaturalColumns(l_);
+
+  // Without the outliers.
+  void OneOutput(int64_t output, float* y, int64_t y_stride) {
+    PrefetchOutliers(l_, output);
+    UnitScales(l_, unit, output, units_, reinterpret_cast<float*>(scratch_ + parts_.scales));
+    pairs_ = PairsInPlace(output);
+    PrepareTail(output);
+    if (!l_.dense && !IsHalf(l_)) {
+      ExpandSigned(l_, reader_, output, scratch_ + parts_.values, scratch_ + parts_.bytes);
+    }
+    const bool stored = IsHalf(l_) && rows_ > 4;
+    if (stored) StorePairs<Pairs>(Positions(output), pairs_, table_, scratch_ + parts_.indices);
+    ForRows(rows_, [&](auto count, int64_t row) {
+      constexpr int R = decltype(count)::value;
+      float sums[R];
+      if (stored) {
+        Multiply<StoredPairs, R>(scratch_ + parts_.indices, output, row, sums);
+      } else {
+        Multiply<Pairs, R>(Positions(output), output, row, sums);
+      }
+      for (int r = 0; r < R; ++r) y[(row + r) * y_stride] = sums[r];
+    });
   }
 
   // Copies what follows those pairs, so that it can be read like one.

@@ -1,10 +1,11 @@
-// What the AVX2 kernels for few activation rows share: packed activations, outliers, and the positions of 128 columns
+// What the AVX2 kernels for few activation rows share: packed activations and the positions of 128 columns
 // as indices of vpshufb. AVX2 cannot expand the weights cheaply, so the kernels compress the activations instead: y = Σ
 // values[i] · a[column of i].
 #ifndef NM_KERNELS_AVX2_ROWS_H_
 #define NM_KERNELS_AVX2_ROWS_H_
 
 #include "avx2_expand.h"
+#include "avx2_outliers.h"
 #include "kernels.h"
 
 namespace nm {
@@ -134,58 +135,6 @@ void StorePairs(const uint8_t* positions, int64_t pairs, const uint32_t* table, 
 // their time in the second-level cache.
 NM_PIECE void Separate(Indices& next, Indices& now) {
   asm("" : "+x"(next.first), "+x"(next.second), "+x"(now.first), "+x"(now.second));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Outliers: eight at a time. Scalar loads of the activations, for a gather takes twice as long on Zen 3.
-
-inline __m256 EightOf(const float* a, const uint8_t* p) {
-  return _mm256_setr_ps(a[p[0]], a[p[1]], a[p[2]], a[p[3]], a[p[4]], a[p[5]], a[p[6]], a[p[7]]);
-}
-
-// Σ values[i] · a[positions[i]] over one block of outliers.
-inline __m256 OutlierBlock(bool half, const uint8_t* values, const uint8_t* positions, int64_t count, const float* a) {
-  const int64_t value_bytes = half ? 2 : 4;
-  const auto eight = [half](const uint8_t* v) {
-    return half ? _mm256_cvtph_ps(Load128(v)) : _mm256_loadu_ps(reinterpret_cast<const float*>(v));
-  };
-  __m256 sum = _mm256_setzero_ps();
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    sum = _mm256_fmadd_ps(eight(values + i * value_bytes), EightOf(a, positions + i), sum);
-  }
-  if (i == count) return sum;
-  uint8_t padded[32] = {}, places[8] = {};
-  memcpy(padded, values + i * value_bytes, static_cast<size_t>((count - i) * value_bytes));
-  memcpy(places, positions + i, static_cast<size_t>(count - i));
-  // Not 0 · a[0] for the missing ones: a[0] may be infinite.
-  const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count - i)), number);
-  const __m256 products = _mm256_mul_ps(eight(padded), EightOf(a, places));
-  return _mm256_add_ps(sum, _mm256_and_ps(products, _mm256_castsi256_ps(there)));
-}
-
-// Adds the outliers of output rows first … last-1 times one activation row, which is padded by kLargestOutlierBlock, to
-// y. A few blocks of all output rows at a time: the activations of those stay in the first-level cache.
-void AddOutliers(const Layout& l, int64_t first, int64_t last, const float* a, float* y) {
-  constexpr int64_t kRun = 4;
-  const bool half = l.outlier_dtype == NM_FLOAT16;
-  const int64_t value_bytes = half ? 2 : 4;
-  for (int64_t run = 0; run < l.row_outliers; run += kRun * l.outlier_k, a += kRun * l.outlier_block) {
-    const int64_t end = Min(run + kRun * l.outlier_k, l.row_outliers);
-    for (int64_t output = first; output < last; ++output) {
-      const uint8_t* values = l.outlier_values + output * l.outlier_bytes;
-      const uint8_t* positions = l.outlier_positions + output * l.row_outliers;
-      __m256 sum = _mm256_setzero_ps();
-      const float* block = a;
-      for (int64_t i = run; i < end; i += l.outlier_k, block += l.outlier_block) {
-        const int64_t count = Min(l.outlier_k, end - i);
-        Prefetch(values + i * value_bytes);
-        sum = _mm256_add_ps(sum, OutlierBlock(half, values + i * value_bytes, positions + i, count, block));
-      }
-      y[output - first] += Sum(sum);
-    }
-  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
