@@ -71,7 +71,8 @@ typedef struct nm_matmul_args {
 // Returns 0, or 1 with one sentence in message (an argument out of range, no memory for scratch).
 NM_EXPORT int nm_matmul(const nm_matmul_args* args, char* message, size_t message_bytes);
 
-// The instruction set in use: "avx512", "avx2", "neon" or "portable". OPTIMUM_NM_ISA, read once, forces one.
+// The instruction set in use: "avx512", "avx2" or "portable"; on AArch64 "dotprod", "neon" or "portable".
+// OPTIMUM_NM_ISA, read once, lowers it.
 NM_EXPORT const char* nm_isa(void);
 
 // A parallel_for over an OpenMP runtime that the caller already has (torch's): pool points to nm_openmp_pool.

@@ -5,8 +5,9 @@
 #if defined(NM_HAVE_X86_KERNELS)
 #include <cpuid.h>
 #endif
-
-#include <initializer_list>
+#if defined(NM_HAVE_NEON_KERNELS) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "kernels.h"
 
@@ -14,6 +15,12 @@ namespace nm {
 namespace {
 
 constexpr size_t kMostKernels = 64;
+
+#if defined(NM_HAVE_NEON_KERNELS)
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kNeon, Isa::kDotprod};
+#else
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
+#endif
 
 struct Registry {
   Kernel kernels[kMostKernels];
@@ -27,6 +34,11 @@ struct Registry {
     Append(Avx2IntegerPanels());
     Append(Avx2FloatRows());
     Append(Avx2FloatPanels());
+#endif
+#if defined(NM_HAVE_NEON_KERNELS)
+    Append(NeonDotprodRows());
+    Append(NeonIntegerRows());
+    Append(NeonFloatRows());
 #endif
     Append(PortableKernels());
   }
@@ -43,11 +55,23 @@ bool HasF16c() {
 }
 #endif
 
+#if defined(NM_HAVE_NEON_KERNELS)
+bool HasDotProducts() {
+#if defined(__APPLE__)
+  return true;  // all that run macOS
+#elif defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 Isa ReadIsa() {
   const char* name = getenv("OPTIMUM_NM_ISA");
   const Isa best = BestIsa();
   if (name == nullptr) return best;
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : kIsas) {
     if (strcmp(name, IsaName(isa)) == 0 && isa < best) return isa;
   }
   return best;
@@ -61,6 +85,10 @@ const char* IsaName(Isa isa) {
       return "avx512";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kDotprod:
+      return "dotprod";
+    case Isa::kNeon:
+      return "neon";
     default:
       return "portable";
   }
@@ -78,6 +106,8 @@ Isa BestIsa() {
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                       __builtin_cpu_supports("avx512vnni");
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
+#elif defined(NM_HAVE_NEON_KERNELS)
+  return HasDotProducts() ? Isa::kDotprod : Isa::kNeon;
 #else
   return Isa::kPortable;
 #endif

@@ -10,7 +10,8 @@
 
 namespace nm {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+// Each architecture's in ascending order.
+enum class Isa { kPortable, kAvx2, kAvx512, kNeon, kDotprod };
 
 // Activation rows are packed in blocks of this many, each by one call of Kernel::pack.
 constexpr int64_t kRowBlock = 16;
@@ -63,6 +64,9 @@ KernelList Avx2FloatRows();
 KernelList Avx2IntegerPanels();
 KernelList Avx2IntegerRows();
 KernelList Avx512Kernels();
+KernelList NeonDotprodRows();
+KernelList NeonFloatRows();
+KernelList NeonIntegerRows();
 
 }  // namespace nm
 
