@@ -15,6 +15,7 @@ from .errors import NMError
 from .nn.modeling import load_causal_lm, load_tokenizer
 from .sparsify.architectures import decoder_blocks
 from .sparsify.checkpoint import output_folder, write_checkpoint
+from .sparsify.layer import LayerSolver, solve_layer
 from .sparsify.pipeline import resolve_names, sparsify_model
 from .sparsify.summary import SparsificationSummary
 
@@ -79,25 +80,45 @@ class NMOptimizer:
         Raises:
             NMError: an input is not usable; nothing is left at `save_dir`.
         """
-        config = NMConfig() if config is None else config
-        self._check_model(config)
-        config = resolve_names(config, self.model)
+        config = self._checked(NMConfig() if config is None else config)
         with output_folder(save_dir, overwrite) as folder:
-            windows = calibration_windows(
-                read_documents(calibration),
-                self.tokenizer,
-                config.calibration_samples,
-                config.calibration_length,
-                config.seed,
-            )
-            self._check_tokens(windows)
-            if device is not None:
-                self.model.to(device)  # type: ignore[arg-type]
-            summary = sparsify_model(self.model.eval(), windows, config, progress)
+            summary = self.sparsify(config, calibration, progress=progress, device=device)
             write_checkpoint(folder, self.model, self.tokenizer, config, summary)
         return summary
 
-    def _check_model(self, config: NMConfig) -> None:
+    def sparsify(
+        self,
+        config: NMConfig,
+        calibration: CalibrationSource = "wikitext2",
+        *,
+        progress: bool = True,
+        device: str | torch.device | None = None,
+        solve: LayerSolver = solve_layer,
+    ) -> SparsificationSummary:
+        """As `optimize`, in memory only.
+
+        Args:
+            solve: prunes one layer, in place of the solver that `config` names.
+        """
+        config = self._checked(config)
+        windows = calibration_windows(
+            read_documents(calibration),
+            self.tokenizer,
+            config.calibration_samples,
+            config.calibration_length,
+            config.seed,
+        )
+        self._check_tokens(windows)
+        if device is not None:
+            self.model.to(device)  # type: ignore[arg-type]
+        return sparsify_model(self.model.eval(), windows, config, progress, solve)
+
+    def _checked(self, config: NMConfig) -> NMConfig:
+        """With the names of this model.
+
+        Raises:
+            NMError: the model is not one that this configuration can be applied to.
+        """
         if getattr(self.model.config, "quantization_config", None) is not None:
             raise NMError(f"{type(self.model).__name__} is already quantized; a dense model is needed.")
         decoder_blocks(self.model)
@@ -105,6 +126,7 @@ class NMOptimizer:
         if longest is not None and config.calibration_length > longest:
             asked = config.calibration_length
             raise NMError(f"calibration_length is {asked}; the model reads at most {longest} tokens.")
+        return resolve_names(config, self.model)
 
     def _check_tokens(self, windows: torch.Tensor) -> None:
         weight = self.model.get_input_embeddings().weight

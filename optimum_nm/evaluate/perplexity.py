@@ -119,14 +119,27 @@ def evaluate_torch(
     """
     loaded, tokenizer = load_model(model, dtype, load_options or {})
     loaded.to(device).eval()  # type: ignore[arg-type]
-    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    return evaluate_loaded(model, loaded, tokenizer, documents, window, stride, limit)
+
+
+def evaluate_loaded(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    window: int,
+    stride: int | None = None,
+    limit: int | None = None,
+) -> Perplexity:
+    """As `evaluate_torch`, of a model that is loaded, in eval mode and on its device."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and window > longest:
-        raise NMError(f"window is {window}; {model} reads at most {longest} tokens.")
+        raise NMError(f"window is {window}; {name} reads at most {longest} tokens.")
 
     def logits(tokens: list[int]) -> Tensor:
-        return loaded(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0]
+        return model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
 
-    return score_tokens(model, "torch", logits, tokenize(documents, tokenizer, limit), window, stride)
+    return score_tokens(name, "torch", logits, tokenize(documents, tokenizer, limit), window, stride)
 
 
 def evaluate_onnx(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,10 @@ from .statistics import InputStatistics
 from .summary import LayerSummary
 
 _GRAM_CORRECTIONS = ("output", "least-squares")
+
+
+# The signature of `solve_layer`, which callers of the pipeline may replace.
+LayerSolver: TypeAlias = Callable[[Tensor, InputStatistics, LayerConfig, NMConfig, bool], Solution]
 
 
 def needs_gram(config: NMConfig) -> bool:

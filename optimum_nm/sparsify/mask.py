@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import singledispatch
 
 import torch
 from torch import Tensor
 
 from ..config import LayerConfig
 from ..packing.selection import select_kept, select_outliers
+from ..patterns import NMPattern, OutlierPattern
+
+
+@singledispatch
+def base_mask(pattern: NMPattern, scores: Tensor) -> Tensor:
+    """The weights of highest score that a pattern keeps; another kind of pattern registers its own rule.
+
+    Args:
+        scores: `[rows, columns]`, at least 0, or -1 for what must not be chosen.
+    """
+    if pattern.is_dense:
+        return scores >= 0
+    kept, _ = select_kept(scores, pattern)
+    return kept.view(len(scores), -1)[:, : scores.shape[1]] & (scores >= 0)
+
+
+@singledispatch
+def outliers_mask(outliers: OutlierPattern, scores: Tensor) -> Tensor:
+    """The outliers of highest score; as `base_mask`, but what must not be chosen is where nothing else is left."""
+    columns, used = select_outliers(scores, outliers)
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, columns, used)
 
 
 def choose_masks(
@@ -26,14 +48,10 @@ def choose_masks(
     """
     scores = scores.to("cpu", torch.float32)
     if layer.outliers is not None and outlier_mask is None:
-        columns, used = select_outliers(scores, layer.outliers)
-        outlier_mask = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, columns, used)
+        outlier_mask = outliers_mask(layer.outliers, scores)
     if outlier_mask is not None:
         scores = scores.masked_fill(outlier_mask, -1.0)
-    if layer.pattern.is_dense:
-        return scores >= 0, outlier_mask
-    kept, _ = select_kept(scores, layer.pattern)
-    return kept.view(len(scores), -1)[:, : scores.shape[1]] & (scores >= 0), outlier_mask
+    return base_mask(layer.pattern, scores), outlier_mask
 
 
 def best_support(scores: Tensor, layer: LayerConfig) -> Tensor:
@@ -50,8 +68,7 @@ def best_support(scores: Tensor, layer: LayerConfig) -> Tensor:
     kept, _ = choose_masks(scores, replace(layer, outliers=None))
     if layer.outliers is None:
         return kept
-    columns, _ = select_outliers(scores.masked_fill(kept, -1.0), layer.outliers)
-    return kept.scatter(1, columns, True)
+    return kept | outliers_mask(layer.outliers, scores.masked_fill(kept, -1.0))
 
 
 def best_masks(scores: Tensor, layer: LayerConfig) -> tuple[Tensor, Tensor | None]:
@@ -68,6 +85,6 @@ def best_masks(scores: Tensor, layer: LayerConfig) -> tuple[Tensor, Tensor | Non
     surplus = (groups >= 0).sum(dim=-1, keepdim=True) - n
     ranks = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     outlier_mask = (ranks < surplus).view(rows, -1)[:, :width]
-    if layer.outliers.block % m or (outlier_mask.sum(dim=1) < layer.outliers.per_row(width)).any():
+    if layer.outliers.block % m or outlier_mask.sum() < rows * layer.outliers.per_row(width):
         return choose_masks(scores, layer)
     return kept & ~outlier_mask, outlier_mask

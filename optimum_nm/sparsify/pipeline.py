@@ -21,7 +21,7 @@ from .architectures import decoder_blocks, output_layer_name
 from .block_inputs import BlockInputs
 from .equalize import fold_block
 from .finetune import finetune_block
-from .layer import give_integers, needs_gram, pack_layer, solve_layer
+from .layer import LayerSolver, give_integers, needs_gram, pack_layer, solve_layer
 from .solvers import Solution
 from .statistics import InputStatistics, StatisticsCollector
 from .summary import BlockLoss, LayerSummary, SparsificationSummary
@@ -29,7 +29,11 @@ from .summary import BlockLoss, LayerSummary, SparsificationSummary
 
 @torch.no_grad()
 def sparsify_model(
-    model: PreTrainedModel, windows: Tensor, config: NMConfig, progress: bool = True
+    model: PreTrainedModel,
+    windows: Tensor,
+    config: NMConfig,
+    progress: bool = True,
+    solve: LayerSolver = solve_layer,
 ) -> SparsificationSummary:
     """Replace every linear layer that `config` does not exclude by an NMLinear, in place.
 
@@ -41,6 +45,7 @@ def sparsify_model(
         model: dense, in eval mode, on the device to compute on.
         windows: int64 `[samples, length]`.
         config: as `resolve_names` returns it.
+        solve: prunes one layer; what it returns must fit the layer's configuration.
 
     Raises:
         NMError: no decoder blocks, non-finite weights or activations, a value that its stored type cannot hold.
@@ -64,7 +69,7 @@ def sparsify_model(
     with tqdm(total=len(blocks) + bool(outside), desc="Sparsifying", unit="block", disable=not progress) as bar:
         for index in range(len(blocks)):
             linears = {f"{blocks_name}.{index}.{name}": m for name, m in linear_layers(blocks[index]).items()}
-            layers, loss = _sparsify_block(model, index, linears, inputs, dense, config)
+            layers, loss = _sparsify_block(model, index, linears, inputs, dense, config, solve)
             summary.layers += layers
             shown = {}
             if layers:
@@ -75,7 +80,7 @@ def sparsify_model(
             bar.set_postfix(shown, refresh=False)
             bar.update()
         if outside:
-            summary.layers += _sparsify_outside(model, outside, inputs, config)
+            summary.layers += _sparsify_outside(model, outside, inputs, config, solve)
             bar.update()
     if config.share_embedding:
         share_embedding(model)
@@ -138,6 +143,7 @@ def _sparsify_block(
     inputs: BlockInputs,
     dense: _DenseOutputs | None,
     config: NMConfig,
+    solve: LayerSolver,
 ) -> tuple[list[LayerSummary], BlockLoss | None]:
     targets = [] if dense is None else dense.advance(index)
     keep_outputs = config.finetune is not None and dense is None
@@ -151,7 +157,7 @@ def _sparsify_block(
     if config.equalization is not None and config.equalization_mode == "fold":
         run = partial(inputs.run, index, 0)
         folded = fold_block(inputs.blocks[index], linears, statistics, inputs.hidden[0], run, config.equalization)
-    solutions = _solve(linears, statistics, config, folded)
+    solutions = _solve(linears, statistics, config, folded, solve)
     loss = None
     if config.finetune is not None and solutions:
         solutions, loss = _finetune(index, linears, inputs, targets, statistics, solutions, config)
@@ -166,19 +172,24 @@ def _sparsify_block(
 
 
 def _sparsify_outside(
-    model: PreTrainedModel, linears: dict[str, nn.Module], inputs: BlockInputs, config: NMConfig
+    model: PreTrainedModel, linears: dict[str, nn.Module], inputs: BlockInputs, config: NMConfig, solve: LayerSolver
 ) -> list[LayerSummary]:
     with _collector(linears, inputs, config) as collector:
         inputs.run_surroundings()
     statistics = collector.statistics()
-    solutions = _give_integers(linears, statistics, _solve(linears, statistics, config, set()), config)
+    solutions = _solve(linears, statistics, config, set(), solve)
+    solutions = _give_integers(linears, statistics, solutions, config)
     packed, summaries = _pack(linears, statistics, solutions, config)
     _install(model, packed, linears)
     return summaries
 
 
 def _solve(
-    linears: dict[str, nn.Module], statistics: dict[str, InputStatistics], config: NMConfig, folded: set[str]
+    linears: dict[str, nn.Module],
+    statistics: dict[str, InputStatistics],
+    config: NMConfig,
+    folded: set[str],
+    solve: LayerSolver,
 ) -> dict[str, Solution]:
     """Of every layer that is not excluded, by full name."""
     solutions: dict[str, Solution] = {}
@@ -186,7 +197,7 @@ def _solve(
         layer = config.layer(name)
         if layer is not None:
             weight = dense_weight(module).detach().float()
-            solutions[name] = solve_layer(weight, statistics[name], layer, config, name in folded)
+            solutions[name] = solve(weight, statistics[name], layer, config, name in folded)
     return solutions
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...config import LayerConfig
-from ...patterns import NMPattern
 from ..mask import best_masks, best_support
 from .conjugate_gradients import conjugate_gradients
 from .solution import Solution, damped
@@ -39,7 +38,7 @@ def admm(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
         if round_ < GRADUAL_ROUNDS - 1:
             left = (1 - (round_ + 1) / GRADUAL_ROUNDS) ** 3
             n = layer.pattern.n + round((layer.pattern.m - layer.pattern.n) * left)
-            kept = best_support(scores, replace(layer, pattern=NMPattern(n, layer.pattern.m))).to(weight.device)
+            kept = best_support(scores, replace(layer, pattern=replace(layer.pattern, n=n))).to(weight.device)
         elif round_ == GRADUAL_ROUNDS - 1:
             mask, outlier_mask = best_masks(scores, layer)
             kept = (mask if outlier_mask is None else mask | outlier_mask).to(weight.device)
