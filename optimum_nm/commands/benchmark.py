@@ -44,11 +44,18 @@ class BenchmarkCommand(Command):
         parser.add_argument("--prompt-tokens", type=positive, default=256, help="read before the first new token")
         parser.add_argument("--new-tokens", type=positive, default=64, help="decoded one by one")
         parser.add_argument("--rounds", type=positive, default=5, help="measurements of each model")
+        parser.add_argument(
+            "--profile",
+            action="store_true",
+            help="where the time goes, in place of speed and memory: milliseconds by operator type, for one token and "
+            "for the prompt",
+        )
         parser.add_argument("--work", default=_work_folder(), help="folder that keeps the dense variants for next time")
 
     def outcome(self) -> Outcome:
         from ..evaluate.benchmark import benchmark
         from ..evaluate.dense_variants import dense_variants
+        from ..evaluate.operator_profile import profile
 
         args = self.args
         if args.model is None:
@@ -57,7 +64,8 @@ class BenchmarkCommand(Command):
         if args.reference is not None:
             name, location = split_gguf(args.reference)
             dense = dense_variants(name, location, list(args.dense), Path(args.work).expanduser())
-        result = benchmark(
+        measure = profile if args.profile else benchmark
+        result = measure(
             [Path(folder) for folder in args.model],
             dense,
             threads=args.threads,

@@ -83,9 +83,8 @@ class Benchmark:
             ]
             for model in self.models
         ]
-        settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.settings.items())
-        machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
-        return f"{format_table(header, rows)}\n\n{settings}; median (lowest–highest); × {first.name}\n{machine}"
+        settings = f"{described(self.settings)}; median (lowest–highest); × {first.name}"
+        return f"{format_table(header, rows)}\n\n{settings}\n{described(self.machine)}"
 
 
 def benchmark(
@@ -107,27 +106,63 @@ def benchmark(
     Raises:
         NMError: a folder has no model.onnx, or a measurement fails.
     """
+    folders = model_folders(packed, dense)
+    settings = settings_of(threads, prompt_tokens, new_tokens)
+    results = measure_in_rounds("measure", folders, packed[0], settings, rounds)
+    models = [
+        Measured(
+            name,
+            str(folder),
+            sum(file.stat().st_size for file in _weight_files(folder)),
+            {figure: [result[figure] for result in results[name]] for figure in FIGURES},
+        )
+        for name, folder in folders.items()
+    ]
+    return Benchmark(machine(), settings | {"rounds": rounds}, models)
+
+
+def settings_of(threads: int | None, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
+
+
+def described(items: dict[str, Any]) -> str:
+    """Settings or a machine in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in items.items())
+
+
+def model_folders(packed: list[Path], dense: dict[str, Path]) -> dict[str, Path]:
+    """All folders by the name to show, the dense ones first, each with a model.onnx.
+
+    Raises:
+        NMError: a folder has no model.onnx.
+    """
     folders = {f"dense {name}": folder for name, folder in dense.items()} | _named(packed)
     for folder in folders.values():
         if not (folder / "model.onnx").is_file():
             raise NMError(f"{folder} has no model.onnx; `optimum-cli nm export --model {folder}` writes it.")
+    return folders
+
+
+def measure_in_rounds(
+    module: str, folders: dict[str, Path], checkpoint: Path, settings: dict[str, Any], rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """What a module of this package, run as a program, tells about each folder's model.onnx, once a round.
+
+    Args:
+        checkpoint: packed; its vocabulary is that of all.
+        settings: arguments of the module's function, beside `path` and `vocabulary`.
+    """
+    for folder in folders.values():
         _read_all(_weight_files(folder))
-    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
-    specification = settings | {"vocabulary": _vocabulary(packed[0])}
-    samples: dict[str, dict[str, list[float]]] = {name: {figure: [] for figure in FIGURES} for name in folders}
+    specification = settings | {"vocabulary": _vocabulary(checkpoint)}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
     with tqdm(total=rounds * len(folders), desc="Benchmark", unit="run") as bar:
         for _ in range(rounds):
             for name, folder in folders.items():
                 bar.set_postfix_str(name)
-                result = _measure_apart(specification | {"path": str(folder / "model.onnx")}, name)
-                for figure in FIGURES:
-                    samples[name][figure].append(result[figure])
+                results[name].append(_run_apart(module, specification | {"path": str(folder / "model.onnx")}, name))
                 bar.update()
-    models = [
-        Measured(name, str(folder), sum(file.stat().st_size for file in _weight_files(folder)), samples[name])
-        for name, folder in folders.items()
-    ]
-    return Benchmark(machine(), settings | {"rounds": rounds}, models)
+    return results
 
 
 def machine() -> dict[str, Any]:
@@ -173,8 +208,8 @@ def _read_all(files: list[Path]) -> None:
                 pass
 
 
-def _measure_apart(specification: dict[str, Any], name: str) -> dict[str, float]:
-    command = [sys.executable, "-m", f"{__package__}.measure", json.dumps(specification)]
+def _run_apart(module: str, specification: dict[str, Any], name: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"{__package__}.{module}", json.dumps(specification)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]

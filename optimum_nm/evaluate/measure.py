@@ -27,7 +27,7 @@ def measure(path: Path, threads: int | None, vocabulary: int, prompt_tokens: int
         resident_bytes and peak_bytes, both what the process grew by from before it loaded the model: at the end, and at
         most (loading included).
     """
-    prompt = [(31 * index + 7) % vocabulary for index in range(prompt_tokens)]
+    prompt = prompt_tokens_of(vocabulary, prompt_tokens)
     resident_before, peak_before = _memory_bytes()
     start = time.perf_counter()
     decoder = OnnxDecoder(path, session_options(threads))
@@ -48,6 +48,11 @@ def measure(path: Path, threads: int | None, vocabulary: int, prompt_tokens: int
         "resident_bytes": max(resident - resident_before, 0),
         "peak_bytes": peak - peak_before,
     }
+
+
+def prompt_tokens_of(vocabulary: int, count: int) -> list[int]:
+    """Any tokens, but always the same."""
+    return [(31 * index + 7) % vocabulary for index in range(count)]
 
 
 def _memory_bytes() -> tuple[int, int]:
