@@ -12,6 +12,7 @@ from .convert_onnx import ConvertOnnxCommand
 from .evaluate import EvaluateCommand
 from .export import ExportCommand
 from .inspect import InspectCommand
+from .report import ReportCommand
 from .sparsify import SparsifyCommand
 from .verify import VerifyCommand
 
@@ -23,11 +24,14 @@ COMMANDS = (
     InspectCommand,
     VerifyCommand,
     BenchmarkCommand,
+    ReportCommand,
 )
 
 
 class NMCommand(BaseOptimumCLICommand):
-    COMMAND = CommandInfo(name="nm", help="N:M sparse models: sparsify, export, evaluate, inspect, verify, benchmark")
+    COMMAND = CommandInfo(
+        name="nm", help="N:M sparse models: sparsify, export, evaluate, inspect, verify, benchmark, report"
+    )
     SUBCOMMANDS = tuple(replace(command.COMMAND, subcommand_class=command) for command in COMMANDS)
 
     def run(self) -> None:

@@ -80,13 +80,22 @@ def read_config(args: Namespace) -> NMConfig:
     Raises:
         NMError: the file or a value is not what it should be.
     """
+    return NMConfig.from_dict(given_fields(args))
+
+
+def given_fields(args: Namespace) -> dict[str, Any]:
+    """What the options of `add_config_options` set, by field.
+
+    Raises:
+        NMError: the file cannot be read.
+    """
     values = {} if args.config is None else _read_file(Path(args.config))
     given = vars(args)
     values |= definitions.PRESETS.get(given.get("preset") or "", {})
     values |= {name: given[name] for name in FIELDS if name in given}
     if "override" in given:
         values["overrides"] = {**values.get("overrides", {}), **dict(given["override"])}
-    return NMConfig.from_dict(values)
+    return values
 
 
 def field_descriptions() -> dict[str, str]:

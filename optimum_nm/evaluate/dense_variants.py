@@ -68,12 +68,17 @@ def _fingerprint(model: str, load_options: dict[str, Any]) -> str:
         versions = [importlib.metadata.version(package) for package in packages]
     except importlib.metadata.PackageNotFoundError as error:
         raise NMError(f"{error.name} is not installed; `pip install 'optimum-nm[onnx]'` brings it.") from None
-    files = [path for path in sorted(Path(model).glob("*")) if path.is_file()]
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    identity = str(Path(model).resolve()) if files else model
+    states = file_states(model)
+    identity = str(Path(model).resolve()) if states else model
     fused = importlib.util.find_spec("mobius") is not None
     described = json.dumps([identity, load_options, versions, fused, states])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def file_states(model: str) -> list[list[Any]]:
+    """Name, size and time of change of every file of a model's folder; empty for a name on the Hugging Face Hub."""
+    files = [path for path in sorted(Path(model).glob("*")) if path.is_file()]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _export(model: str, load_options: dict[str, Any], folder: Path) -> None:

@@ -28,7 +28,7 @@ def measure(path: Path, threads: int | None, vocabulary: int, prompt_tokens: int
         most (loading included).
     """
     prompt = prompt_tokens_of(vocabulary, prompt_tokens)
-    resident_before, peak_before = _memory_bytes()
+    resident_before, peak_before = memory_bytes()
     start = time.perf_counter()
     decoder = OnnxDecoder(path, session_options(threads))
     loaded = time.perf_counter()
@@ -40,7 +40,7 @@ def measure(path: Path, threads: int | None, vocabulary: int, prompt_tokens: int
     for _ in range(new_tokens):
         token = int(decoder.read([token])[-1].argmax())
     end = time.perf_counter()
-    resident, peak = _memory_bytes()
+    resident, peak = memory_bytes()
     return {
         "load_seconds": loaded - start,
         "prefill": prompt_tokens / (decode_start - prefill_start),
@@ -55,7 +55,7 @@ def prompt_tokens_of(vocabulary: int, count: int) -> list[int]:
     return [(31 * index + 7) % vocabulary for index in range(count)]
 
 
-def _memory_bytes() -> tuple[int, int]:
+def memory_bytes() -> tuple[int, int]:
     """Memory of this process in RAM: now and at most; where the system only tells the latter, twice that."""
     status = Path("/proc/self/status")
     if not status.exists():

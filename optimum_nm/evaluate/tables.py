@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column flush left, the others flush right."""
+    lines = [header, [":--", *("--:" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns two spaces apart, the first one flush left, the others flush right, a line below the header."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]

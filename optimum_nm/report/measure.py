@@ -1,0 +1,84 @@
+"""One row of a report: `python -m optimum_nm.report.measure`, a process of its own, so that its memory is its own.
+
+Reads the task, a JSON object, from standard input, and writes the result, another, to the file that the task names.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibration.sources import read_documents
+from ..errors import NMError
+from ..evaluate.inspect import inspect_checkpoint
+from ..evaluate.measure import memory_bytes
+from ..evaluate.perplexity import evaluate_loaded, evaluate_torch
+from ..evaluate.whole_file import write_text
+from ..optimizer import NMOptimizer
+from .matrix import Row
+from .setting import Setting
+from .unstructured import stored_dense, unstructured_solver
+
+
+def measure(row: Row, setting: Setting, checkpoint: Path) -> dict[str, Any]:
+    """Sparsify, pack and evaluate one row.
+
+    Args:
+        checkpoint: where the packed model is put, in place of what is there.
+
+    Returns:
+        perplexity, as `Perplexity.to_dict`; of a row that is sparsified, also summary (SparsificationSummary.to_dict),
+        sparsify_seconds, peak_bytes of this process, and device_peak_bytes of its GPU; of one that is packed, also
+        bits_per_weight (of the packed layers) and model_bytes (of the files that hold weights).
+
+    Raises:
+        NMError: the model, the texts and the configuration do not go together.
+    """
+    documents = read_documents(setting.text, "evaluation")
+    protocol: dict[str, Any] = {"window": setting.window, "stride": setting.stride, "limit": setting.tokens}
+    if row.config is None:
+        protocol |= {"load_options": setting.load_options, "device": setting.device}
+        return {"perplexity": evaluate_torch(setting.model, documents, **protocol).to_dict()}
+    optimizer = NMOptimizer.from_pretrained(setting.model, dtype=setting.dtype, **setting.load_options)
+    if row.unstructured is not None:
+        solve = unstructured_solver(row.config, row.unstructured)
+        stored = stored_dense(row.config)
+        summary = optimizer.sparsify(stored, setting.calibration, device=setting.device, solve=solve)
+    else:
+        summary = optimizer.optimize(checkpoint, row.config, setting.calibration, overwrite=True, device=setting.device)
+    result = {
+        "summary": summary.to_dict(),
+        "sparsify_seconds": summary.seconds,
+        "peak_bytes": memory_bytes()[1],
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+    if row.unstructured is not None:
+        model = optimizer.model.float()
+        perplexity = evaluate_loaded(row.name, model, optimizer.tokenizer, documents, **protocol)
+        return result | {"perplexity": perplexity.to_dict()}
+    del optimizer
+    totals = inspect_checkpoint(checkpoint).totals()
+    perplexity = evaluate_torch(str(checkpoint), documents, **protocol, device=setting.device)
+    return result | {
+        "perplexity": perplexity.to_dict(),
+        "bits_per_weight": totals["bits_per_weight"],
+        "model_bytes": totals["file_bytes"],
+    }
+
+
+def run_task(task: dict[str, Any]) -> None:
+    """Measure what `runner.measure_apart` asks for, and write the result."""
+    row = Row.read(task["name"], task["row"], {})
+    result = measure(row, Setting.from_dict(task["setting"]), Path(task["checkpoint"]))
+    write_text(Path(task["result"]), json.dumps({**task["identity"], **result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        run_task(json.load(sys.stdin))
+    except NMError as error:
+        sys.exit(" ".join(str(error).split()))
