@@ -108,13 +108,14 @@ NM_PIECE __m256i LowNibbles(__m256i packed) { return _mm256_and_si256(packed, _m
 NM_PIECE __m256i HighNibbles(__m256i packed) { return LowNibbles(_mm256_srli_epi16(packed, 4)); }
 
 // The kinds of stored values. Each multiplies 64 values by the activations a[0] (the first 32) and a[1], for R rows, to
-// one sum of all or one for each half.
+// one sum of all or one for each half; or 32 values that end a row.
 struct Signed {  // bytes that were unpacked before
   static constexpr int kBytes = 64;
   template <bool joined, int R>
   static NM_PIECE void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
     MultiplySigned<joined>(Load256(v), Load256(v + 32), a, sums);
   }
+  static NM_PIECE __m256i MultiplyLast(const uint8_t* v, __m256i a) { return SignedProducts(Load256(v), a); }
   template <bool joined, int R>
   static NM_PIECE void MultiplySigned(__m256i w0, __m256i w1, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
     for (int r = 0; r < R; ++r) {
@@ -131,6 +132,9 @@ struct Int8 {
   static NM_PIECE void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
     Signed::MultiplySigned<joined>(SignedOfInt8(Load256(v)), SignedOfInt8(Load256(v + 32)), a, sums);
   }
+  static NM_PIECE __m256i MultiplyLast(const uint8_t* v, __m256i a) {
+    return SignedProducts(SignedOfInt8(Load256(v)), a);
+  }
 };
 
 struct Int4 {
@@ -145,6 +149,10 @@ struct Int4 {
       sums[r][0] = SumPairs(joined ? _mm256_add_epi16(first, second) : first);
       if (!joined) sums[r][1] = SumPairs(second);
     }
+  }
+  static NM_PIECE __m256i MultiplyLast(const uint8_t* v, __m256i a) {
+    const __m128i packed = Load128(v);
+    return SumPairs(NibbleProducts(LowNibbles(Lanes(packed, _mm_srli_epi16(packed, 4))), a));
   }
 };
 
@@ -191,21 +199,22 @@ class Totals {
 // Positions: indices of vpshufb. The lanes of a sum are the first and the last 32 columns of its step.
 template <class Pairs, class Values, int unit, int R>
 NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs,
-                       Rows<R>& rows) {
+                       bool odd_step, Rows<R>& rows) {
   constexpr bool joined = unit == 128;
   const __m256i by_lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
   Totals<R> totals(rows);
   const uint8_t* a = rows.a;
   const int64_t a_stride = rows.a_stride;
+  const auto pick = [](const uint8_t* step, __m256i index) __attribute__((always_inline)) {
+    return _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(step), index),
+                              _mm256_shuffle_epi8(Load256(step + kStep / 2), index), 0xcc);
+  };
   const auto turn = [&](const Indices& indices, int pair) __attribute__((always_inline)) {
     __m256i kept[R][2], sums[R][2];
     for (int r = 0; r < R; ++r) {
-      const auto pick = [from = a + pair * kPair + r * a_stride](__m256i index, int64_t column) {
-        return _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(from + column), index),
-                                  _mm256_shuffle_epi8(Load256(from + column + 32), index), 0xcc);
-      };
-      kept[r][0] = pick(indices.first, 0);
-      kept[r][1] = pick(indices.second, kStep);
+      const uint8_t* step = a + pair * kPair + r * a_stride;
+      kept[r][0] = pick(step, indices.first);
+      kept[r][1] = pick(step + kStep, indices.second);
     }
     Values::template Multiply<joined>(values + pair * Values::kBytes, kept, sums);
     const int first_unit = pair * (kPair / unit);
@@ -240,35 +249,45 @@ NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const ui
   if (pairs == 2) odd = Pairs::Load(positions + Pairs::kBytes, table);
   turn(even, 0);
   if (pairs == 2) turn(odd, 1);
+  if (odd_step) {
+    const __m256i index = Pairs::LoadStep(positions + pairs * Pairs::kBytes, table);
+    const uint8_t* last_values = values + pairs * Values::kBytes;
+    for (const uint8_t* p = values; p <= last_values; p += 64) Prefetch(p);
+    Prefetch(positions);
+    const int first_unit = static_cast<int>(pairs) * (kPair / unit);
+    for (int r = 0; r < R; ++r) {
+      const __m256i sum = Values::MultiplyLast(last_values, pick(a + pairs * kPair + r * a_stride, index));
+      if (unit == 32) totals.AddTwo(r, sum, first_unit, by_lane);
+      if (unit != 32) totals.Add(r, sum, first_unit);
+    }
+  }
   totals.Store(rows);
 }
 
 // Every column has a value. The two sums of a step are its first and last 32 columns.
 template <class Values, int unit, int R>
-NM_LOOP void DensePairs(const uint8_t* values, int64_t pairs, Rows<R>& rows) {
+NM_LOOP void DenseSteps(const uint8_t* values, int64_t steps, Rows<R>& rows) {
   constexpr bool joined = unit >= 64;
   const __m256i by_half = _mm256_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1);  // as vphaddd leaves them
   Totals<R> totals(rows);
   const uint8_t* a = rows.a;
   const int64_t a_stride = rows.a_stride;
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    for (int step = 0; step < 2; ++step, a += kStep, values += Values::kBytes) {
-      Prefetch(values);
-      __m256i columns[R][2], sums[R][2];
-      for (int r = 0; r < R; ++r) {
-        columns[r][0] = Load256(a + r * a_stride);
-        columns[r][1] = Load256(a + r * a_stride + 32);
-      }
-      Values::template Multiply<joined>(values, columns, sums);
-      for (int r = 0; r < R; ++r) {
-        if constexpr (joined) {
-          totals.Add(r, sums[r][0], unit == 128 ? 0 : step);
-        } else {
-          totals.AddTwo(r, _mm256_hadd_epi32(sums[r][0], sums[r][1]), 2 * step, by_half);
-        }
+  for (int64_t step = 0; step < steps; ++step, a += kStep, values += Values::kBytes) {
+    Prefetch(values);
+    __m256i columns[R][2], sums[R][2];
+    for (int r = 0; r < R; ++r) {
+      columns[r][0] = Load256(a + r * a_stride);
+      columns[r][1] = Load256(a + r * a_stride + 32);
+    }
+    Values::template Multiply<joined>(values, columns, sums);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (joined) {
+        totals.Add(r, sums[r][0], 0);
+      } else {
+        totals.AddTwo(r, _mm256_hadd_epi32(sums[r][0], sums[r][1]), 0, by_half);
       }
     }
-    totals.Advance(kPair / unit);
+    totals.Advance(unit == 128 ? static_cast<int>(step % 2) : kStep / unit);
   }
   totals.Store(rows);
 }
@@ -277,8 +296,8 @@ NM_LOOP void DensePairs(const uint8_t* values, int64_t pairs, Rows<R>& rows) {
 // All of it.
 
 struct Scratch {
-  size_t scales;    // float32 a unit of an output row
-  size_t products;  // the same times the scales of four activation rows
+  size_t scales;    // float16 a unit of an output row, where the weight does not have them so
+  size_t products;  // float32, the same times the scales of four activation rows
   size_t indices;   // of vpshufb, for more than four activation rows
   size_t bytes;     // an output row expanded to signed bytes
   size_t values;    // its stored values as signed bytes
@@ -286,40 +305,21 @@ struct Scratch {
 };
 
 Scratch PlanScratch(const Layout& l, int64_t rows) {
-  const bool general = !l.dense && !IsHalf(l);
+  const bool expands = !l.dense && !IsHalf(l);
   Scratch s = {};
   Parts parts;
-  s.scales = parts.Take(PaddedUnits(l) * 4);
+  s.scales = parts.Take(PaddedUnits(l) * 2);
   s.products = parts.Take(4 * PaddedUnits(l) * 4);
   s.indices = parts.Take(IsHalf(l) && rows > 4 ? PaddedColumns(l) / 2 : 0);
-  s.bytes = parts.Take(general ? PaddedColumns(l) : 0);
-  s.values = parts.Take(general ? SignedValuesBytes(l) : 0);
+  s.bytes = parts.Take(expands ? PaddedColumns(l) : 0);
+  s.values = parts.Take(expands ? SignedValuesBytes(l) : 0);
   s.total = parts.total();
   return s;
 }
 
 size_t ScratchBytes(const Layout& l, int64_t rows) { return PlanScratch(l, rows).total; }
 
-// The float16 scales of an output row, one for each unit, zero in the padding.
-void UnitScales(const Layout& l, int64_t unit, int64_t output, int64_t padded_units, float* scales) {
-  const uint8_t* halves = l.scales + output * l.row_scales * 2;
-  Prefetch(halves);
-  int64_t i = 0;
-  if (l.scale_columns == unit) {
-    // Eight at a time, if need be with some of the next row.
-    const int64_t there = (l.out_features - output) * l.row_scales;
-    for (; i < l.row_scales && i + 8 <= there; i += 8)
-      _mm256_store_ps(scales + i, _mm256_cvtph_ps(Load128(halves + 2 * i)));
-  }
-  for (int64_t group = i; group < l.row_scales; ++group) {
-    const float scale = ScaleOf(l, output, group);
-    const int64_t last = Min((group + 1) * l.scale_columns, l.in_features);
-    for (; i * unit < last; ++i) scales[i] = scale;
-  }
-  for (i = Min(i, (l.in_features + unit - 1) / unit); i < padded_units; ++i) scales[i] = 0.0f;
-}
-
-// Runs a piece of work for one output row and R activation rows from `row` on.
+// What is the same for every output row is worked out once: with 576 columns a row is a hundred cycles.
 template <class Values, class Pairs, int unit>
 class Outputs {
  public:
@@ -333,7 +333,12 @@ class Outputs {
         reader_(l),
         columns_(PaddedColumns(l)),
         units_(RoundUp(columns_ / unit, 8)),
-        table_(IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr) {}
+        table_(IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr),
+        expands_(!l.dense && !IsHalf(l)),
+        pairs_(l.in_features / kPair),
+        odd_step_(pairs_ > 0 && l.in_features % kPair == kStep),
+        in_place_(pairs_ * kPair + (odd_step_ ? kStep : 0)),
+        copies_(!expands_ && in_place_ < l.in_features) {}
 
   void Run(int64_t first, int64_t last, float* y, int64_t y_stride) {
     const float* outliers = reinterpret_cast<const float*>(packed_ + plan_.outliers);
@@ -355,97 +360,93 @@ class Outputs {
   const int64_t columns_;
   const int64_t units_;  // padded
   const uint32_t* table_;
-  int64_t pairs_ = 0;  // of the present output row
+  const bool expands_;      // output rows to signed bytes
+  const int64_t pairs_;     // of an output row that are read where they are, …
+  const bool odd_step_;     // … the step that ends it, …
+  const int64_t in_place_;  // … and the columns of both;
+  const bool copies_;       // what follows those is copied, so that it can be read like a pair
   alignas(64) uint8_t tail_positions_[16];
   alignas(64) uint8_t tail_values_[kPair + 64];
 
-  // Pairs of an output row that are read where they are. int8 goes on into the next row, if there is one, times
-  // activations that are zero; int4 cannot, for the last chunk of a row is laid out by its own length.
-  int64_t PairsInPlace(int64_t output) const {
-    const int64_t complete = l_.in_features / kPair;
-    if (l_.dtype != NM_INT8 || (!l_.dense && l_.in_features % kBlock != 0)) return complete;
-    const int64_t pairs = columns_ / kPair;
-    const int64_t rows_left = l_.out_features - output;
-    if (pairs * (l_.dense ? kPair : kPair / 2) > rows_left * l_.value_bytes) return complete;
-    if (!l_.dense && pairs * Pairs::kBytes > rows_left * l_.position_bytes) return complete;
-    return pairs;
-  }
-  const uint8_t* Positions(int64_t output) const { return l_.positions + output * l_.position_bytes; }
-
   // Without the outliers.
   void OneOutput(int64_t output, float* y, int64_t y_stride) {
-    PrefetchOutliers(l_, output);
-    UnitScales(l_, unit, output, units_, reinterpret_cast<float*>(scratch_ + parts_.scales));
-    pairs_ = PairsInPlace(output);
-    PrepareTail(output);
-    if (!l_.dense && !IsHalf(l_)) {
-      ExpandSigned(l_, reader_, output, scratch_ + parts_.values, scratch_ + parts_.bytes);
-    }
+    if (l_.row_outliers > 0) PrefetchOutliers(l_, output);
+    const uint8_t* scales = UnitScales(output);
+    const uint8_t* positions = l_.positions + output * l_.position_bytes;
+    const uint8_t* values = l_.values + output * l_.value_bytes;
+    if (expands_) ExpandSigned(l_, reader_, output, scratch_ + parts_.values, scratch_ + parts_.bytes);
+    if (copies_) CopyTail(output);
     const bool stored = IsHalf(l_) && rows_ > 4;
-    if (stored) StorePairs<Pairs>(Positions(output), pairs_, table_, scratch_ + parts_.indices);
+    if (stored) StorePairs<Pairs>(positions, pairs_, odd_step_, table_, scratch_ + parts_.indices);
     ForRows(rows_, [&](auto count, int64_t row) {
       constexpr int R = decltype(count)::value;
-      float sums[R];
+      float* products = reinterpret_cast<float*>(scratch_ + parts_.products);
+      ScaleProducts<R>(scales, row, products);
+      Rows<R> rows = {packed_ + plan_.bytes + row * columns_, columns_, products, units_, {}};
+      for (__m256& total : rows.totals) total = _mm256_setzero_ps();
       if (stored) {
-        Multiply<StoredPairs, R>(scratch_ + parts_.indices, output, row, sums);
+        Multiply<StoredPairs>(scratch_ + parts_.indices, values, rows);
       } else {
-        Multiply<Pairs, R>(Positions(output), output, row, sums);
+        Multiply<Pairs>(positions, values, rows);
       }
-      for (int r = 0; r < R; ++r) y[(row + r) * y_stride] = sums[r];
+      for (int r = 0; r < R; ++r) y[(row + r) * y_stride] = Sum(rows.totals[r]);
     });
   }
 
-  // Copies what follows those pairs, so that it can be read like one.
-  void PrepareTail(int64_t output) {
-    const int64_t whole = pairs_;
-    if (whole * kPair >= l_.in_features || (!l_.dense && !IsHalf(l_))) return;
-    const int64_t first = l_.dense ? whole * kPair : whole * kPair / 2;
+  // The float16 scales of an output row, one a unit, then any others up to units_: from the weight itself where it has
+  // them so, which may go on into the next row.
+  const uint8_t* UnitScales(int64_t output) {
+    const uint8_t* halves = l_.scales + output * l_.row_scales * 2;
+    Prefetch(halves);
+    if (l_.scale_columns == unit && output * l_.row_scales + units_ <= l_.out_features * l_.row_scales && !copies_) {
+      return halves;
+    }
+    uint16_t* scales = reinterpret_cast<uint16_t*>(scratch_ + parts_.scales);
+    int64_t i = 0;
+    for (int64_t group = 0; group < l_.row_scales; ++group, halves += 2) {
+      const int64_t last = Min((group + 1) * l_.scale_columns, l_.in_features);
+      for (; i * unit < last; ++i) memcpy(scales + i, halves, sizeof(uint16_t));
+    }
+    memset(scales + i, 0, static_cast<size_t>(units_ - i) * sizeof(uint16_t));
+    return scratch_ + parts_.scales;
+  }
+
+  void CopyTail(int64_t output) {
     memset(tail_values_, 0, kPair);
-    UnpackSigned(l_, l_.values + output * l_.value_bytes, first, l_.row_values, tail_values_);
+    UnpackSigned(l_, l_.values + output * l_.value_bytes, l_.dense ? in_place_ : in_place_ / 2, l_.row_values,
+                 tail_values_);
     if (l_.dense) return;
-    CopyTailPositions(l_, output, whole * Pairs::kBytes, whole * kPair, tail_positions_, sizeof(tail_positions_));
+    CopyTailPositions(l_, output, pairs_ * Pairs::kBytes, in_place_, tail_positions_, sizeof(tail_positions_));
   }
 
   // Weight scales times the scales of R activation rows.
   template <int R>
-  void ScaleProducts(int64_t row, float* products) const {
-    const float* weights = reinterpret_cast<const float*>(scratch_ + parts_.scales);
+  void ScaleProducts(const uint8_t* scales, int64_t row, float* products) const {
     const float* rows = reinterpret_cast<const float*>(packed_ + plan_.scales) + row * units_;
-    for (int64_t i = 0; i < R * units_; i += units_) {
-      for (int64_t u = 0; u < units_; u += 8) {
-        const __m256 scales = _mm256_mul_ps(_mm256_load_ps(weights + u), _mm256_load_ps(rows + i + u));
-        _mm256_store_ps(products + i + u, scales);
+    for (int64_t u = 0; u < units_; u += 8) {
+      const __m256 weights = _mm256_cvtph_ps(Load128(scales + 2 * u));
+      for (int64_t i = u; i < R * units_; i += units_) {
+        _mm256_store_ps(products + i, _mm256_mul_ps(weights, _mm256_load_ps(rows + i)));
       }
     }
   }
 
   template <class Source, int R>
-  void Multiply(const uint8_t* positions, int64_t output, int64_t row, float* sums) const {
-    float* products = reinterpret_cast<float*>(scratch_ + parts_.products);
-    ScaleProducts<R>(row, products);
-    const uint8_t* values = l_.values + output * l_.value_bytes;
-    Rows<R> rows = {packed_ + plan_.bytes + row * columns_, columns_, products, units_, {}};
-    for (__m256& total : rows.totals) total = _mm256_setzero_ps();
-    const int64_t whole = pairs_;
-    if (!l_.dense && !IsHalf(l_)) {
-      DensePairs<Signed, unit>(scratch_ + parts_.bytes, columns_ / kPair, rows);
-    } else {
-      if (l_.dense) {
-        DensePairs<Values, unit>(values, whole, rows);
-      } else if (whole > 0) {
-        HalfPairs<Source, Values, unit>(positions, table_, values, whole, rows);
-      }
-      if (whole * kPair < l_.in_features) {
-        rows.a += whole * kPair;
-        rows.products += whole * kPair / unit;
-        if (l_.dense) {
-          DensePairs<Signed, unit>(tail_values_, 1, rows);
-        } else {
-          HalfPairs<Pairs, Signed, unit>(tail_positions_, table_, tail_values_, 1, rows);
-        }
-      }
+  void Multiply(const uint8_t* positions, const uint8_t* values, Rows<R>& rows) const {
+    if (expands_) return DenseSteps<Signed, unit>(scratch_ + parts_.bytes, columns_ / kStep, rows);
+    if (l_.dense) {
+      DenseSteps<Values, unit>(values, in_place_ / kStep, rows);
+    } else if (pairs_ > 0) {
+      HalfPairs<Source, Values, unit>(positions, table_, values, pairs_, odd_step_, rows);
     }
-    for (int r = 0; r < R; ++r) sums[r] = Sum(rows.totals[r]);
+    if (!copies_) return;
+    rows.a += in_place_;
+    rows.products += in_place_ / unit;
+    if (l_.dense) {
+      DenseSteps<Signed, unit>(tail_values_, 2, rows);
+    } else {
+      HalfPairs<Pairs, Signed, unit>(tail_positions_, table_, tail_values_, 1, false, rows);
+    }
   }
 };
 

@@ -47,6 +47,17 @@ inline void PrefetchOutliers(const Layout& l, int64_t output) {
   prefetch(l.outlier_positions + output * l.row_outliers, l.row_outliers);
 }
 
+inline float Load1(Float16, const uint8_t* v) {
+  uint16_t half;
+  memcpy(&half, v, sizeof(half));
+  return _cvtsh_ss(half);
+}
+inline float Load1(Float32, const uint8_t* v) {
+  float value;
+  memcpy(&value, v, sizeof(value));
+  return value;
+}
+
 inline __m256 EightOf(const float* low, const float* high, const uint8_t* p) {
   return _mm256_setr_ps(low[p[0]], low[p[1]], low[p[2]], low[p[3]], high[p[4]], high[p[5]], high[p[6]], high[p[7]]);
 }
@@ -68,18 +79,15 @@ int64_t FullBlocks(const Layout& l, const uint8_t* values, const uint8_t* positi
 
 // The outliers of one block, however many.
 template <class Type>
-__m256 AnyBlock(const uint8_t* values, const uint8_t* positions, int64_t count, const float* a, __m256 sum) {
-  for (; count >= 8; count -= 8, values += 8 * Type::kBytes, positions += 8) {
-    sum = _mm256_fmadd_ps(Type::Load8(values), EightOf(a, a, positions), sum);
+float AnyBlock(const uint8_t* values, const uint8_t* positions, int64_t count, const float* a) {
+  __m256 eights = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    eights = _mm256_fmadd_ps(Type::Load8(values + i * Type::kBytes), EightOf(a, a, positions + i), eights);
   }
-  if (count == 0) return sum;
-  uint8_t places[8] = {};
-  memcpy(places, positions, static_cast<size_t>(count));
-  // Not 0 · a[0] for the missing ones: a[0] may be infinite.
-  const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), number);
-  const __m256 products = _mm256_mul_ps(LoadPartial8<Type>(values, count * Type::kBytes), EightOf(a, a, places));
-  return _mm256_add_ps(sum, _mm256_and_ps(products, _mm256_castsi256_ps(there)));
+  float sum = i > 0 ? Sum(eights) : 0.0f;
+  for (; i < count; ++i) sum += Load1(Type(), values + i * Type::kBytes) * a[positions[i]];
+  return sum;
 }
 
 template <class Type>
@@ -90,11 +98,12 @@ float RunOfOneRow(const Layout& l, const uint8_t* values, const uint8_t* positio
   if (l.outlier_k == 16) done = FullBlocks<Type, 16>(l, values, positions, blocks, a, sums);
   if (l.outlier_k == 8) done = FullBlocks<Type, 8>(l, values, positions, blocks, a, sums);
   if (l.outlier_k == 4) done = FullBlocks<Type, 4>(l, values, positions, blocks, a, sums);
+  float sum = done > 0 ? Sum(_mm256_add_ps(sums[0], sums[1])) : 0.0f;
   for (int64_t i = done * l.outlier_k; i < count; i += l.outlier_k, ++done) {
-    sums[0] = AnyBlock<Type>(values + i * Type::kBytes, positions + i, Min(l.outlier_k, count - i),
-                             a + done * l.outlier_block, sums[0]);
+    sum += AnyBlock<Type>(values + i * Type::kBytes, positions + i, Min(l.outlier_k, count - i),
+                          a + done * l.outlier_block);
   }
-  return Sum(_mm256_add_ps(sums[0], sums[1]));
+  return sum;
 }
 
 template <class Type, int vectors>
@@ -114,22 +123,16 @@ void RunOfLanes(const Layout& l, const uint8_t* values, const uint8_t* positions
   for (; count > 0; a += l.outlier_block * 8 * vectors) {
     const int64_t in_block = Min(l.outlier_k, count);
     count -= in_block;
-    int64_t left = in_block;
-    for (; left > 0; left -= 8) {
+    int64_t i = 0;
+    for (; i + 8 <= in_block; i += 8, values += 8 * Type::kBytes, positions += 8) {
       alignas(32) float eight[8];
-      if (left >= 8) {
-        _mm256_store_ps(eight, Type::Load8(values));
-        for (int i = 0; i < 8; i += 2) {
-          add(eight[i], positions[i], even);
-          add(eight[i + 1], positions[i + 1], odd);
-        }
-      } else {
-        _mm256_store_ps(eight, LoadPartial8<Type>(values, left * Type::kBytes));
-        for (int i = 0; i < left; ++i) add(eight[i], positions[i], even);
+      _mm256_store_ps(eight, Type::Load8(values));
+      for (int j = 0; j < 8; j += 2) {
+        add(eight[j], positions[j], even);
+        add(eight[j + 1], positions[j + 1], odd);
       }
-      values += Min(left, 8) * Type::kBytes;
-      positions += Min(left, 8);
     }
+    for (; i < in_block; ++i, values += Type::kBytes, ++positions) add(Load1(Type(), values), *positions, even);
   }
   for (int v = 0; v < vectors; ++v) _mm256_store_ps(sums + 8 * v, _mm256_add_ps(even[v], odd[v]));
 }

@@ -50,13 +50,23 @@ template <int kBits, Order order>
 struct CodePairs {
   static constexpr int kBytes = kBits;  // of eight fields
 
+  // Of the step that ends a row: its fields end where the row does, and other fields come before them.
+  static NM_PIECE __m256i LoadStep(const uint8_t* p, const uint32_t* table) {
+    const uint64_t fields = InRegister(Load64(p + kBytes / 2 - 8) >> (64 - 4 * kBits));
+    static_assert(order == Order::kValues, "blocks 0 and 1 in the low lane");
+    const __m128i nibbles = FourWords<0, 1, 2, 3>(fields, fields, table);
+    const __m128i low_bits = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(nibbles, low_bits);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(nibbles, 4), low_bits);
+    return Lanes(_mm_unpacklo_epi32(low, high), _mm_unpackhi_epi32(low, high));
+  }
   static NM_PIECE Indices Load(const uint8_t* p, const uint32_t* table) {
     const uint64_t first = InRegister(Load64(p));
     const uint64_t second = InRegister(Load64(p + kBytes - 8) >> (64 - 4 * kBits));
     // Of blocks 0 and 1 of either step, then of blocks 2 and 3; or of 0 and 2, then of 1 and 3.
     constexpr int low_second = order == Order::kValues ? 1 : 2, high_first = 3 - low_second;
-    const __m256i nibbles =
-        Lanes(FourWords<0, low_second>(first, second, table), FourWords<high_first, 3>(first, second, table));
+    const __m256i nibbles = Lanes(FourWords<0, low_second, 0, low_second>(first, second, table),
+                                  FourWords<high_first, 3, high_first, 3>(first, second, table));
     const __m256i low_bits = _mm256_set1_epi8(15);
     const __m256i low = _mm256_and_si256(nibbles, low_bits);
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), low_bits);
@@ -68,12 +78,12 @@ struct CodePairs {
   static NM_PIECE int Word(uint64_t fields, const uint32_t* table) {
     return static_cast<int>(table[__bextr_u64(fields, kBits << 8 | index * kBits)]);
   }
-  template <int i, int j>
+  template <int i, int j, int k, int l>
   static NM_PIECE __m128i FourWords(uint64_t first, uint64_t second, const uint32_t* table) {
     __m128i words = _mm_cvtsi32_si128(Word<i>(first, table));
     words = _mm_insert_epi32(words, Word<j>(first, table), 1);
-    words = _mm_insert_epi32(words, Word<i>(second, table), 2);
-    return _mm_insert_epi32(words, Word<j>(second, table), 3);
+    words = _mm_insert_epi32(words, Word<k>(second, table), 2);
+    return _mm_insert_epi32(words, Word<l>(second, table), 3);
   }
 };
 
@@ -82,6 +92,7 @@ template <Order order>
 struct MaskPairs {
   static constexpr int kBytes = 16;
 
+  static NM_PIECE __m256i LoadStep(const uint8_t* p, const uint32_t*) { return Step(p); }
   static NM_PIECE Indices Load(const uint8_t* p, const uint32_t*) { return {Step(p), Step(p + 8)}; }
 
  private:
@@ -106,6 +117,7 @@ struct MaskPairs {
 // From a buffer that one of the others filled, for more than four activation rows.
 struct StoredPairs {
   static constexpr int kBytes = 64;
+  static NM_PIECE __m256i LoadStep(const uint8_t* p, const uint32_t*) { return Load256(p); }
   static NM_PIECE Indices Load(const uint8_t* p, const uint32_t*) { return {Load256(p), Load256(p + 32)}; }
 };
 
@@ -122,13 +134,14 @@ inline void CopyTailPositions(const Layout& l, int64_t output, int64_t used, int
 }
 
 template <class Pairs>
-void StorePairs(const uint8_t* positions, int64_t pairs, const uint32_t* table, uint8_t* stored) {
+void StorePairs(const uint8_t* positions, int64_t pairs, bool odd_step, const uint32_t* table, uint8_t* stored) {
   for (int64_t i = 0; i < pairs; ++i, positions += Pairs::kBytes, stored += StoredPairs::kBytes) {
     Prefetch(positions);
     const Indices indices = Pairs::Load(positions, table);
     Store256(stored, indices.first);
     Store256(stored + 32, indices.second);
   }
+  if (odd_step) Store256(stored, Pairs::LoadStep(positions, table));
 }
 
 // Starts the look-ups of the next pair before the arithmetic on this one, whatever the compiler would prefer: they take
