@@ -1,12 +1,14 @@
 """CMake builds for tests, kept in build/ from one run to the next."""
 
 import fcntl
+import platform
 import subprocess
 import sysconfig
 from pathlib import Path
 from shutil import which
 
 REPOSITORY = Path(__file__).parents[1]
+ISAS = ("portable", "neon", "dotprod") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 CMAKE = which("cmake", path=sysconfig.get_path("scripts")) or "cmake"
 
 

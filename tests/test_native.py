@@ -6,10 +6,9 @@ import re
 import sys
 
 import pytest
-from native_build import build, run
+from native_build import ISAS, build, run
 
 TARGETS = ("nm_kernels_test", "nm_emulated_test", "nm_threads_test", "nm_fuzz_attributes", "nm_fuzz_contents")
-ISAS = ("portable", "avx2", "avx512")  # each needs those before it
 
 
 @pytest.fixture(scope="module")

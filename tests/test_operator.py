@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from native_build import ISAS
 from onnx import TensorProto, helper
 from operator_models import bias_initializer, chain_model, random_packed, reference, relative_error
 
@@ -18,8 +19,7 @@ from optimum_nm.onnx.operator import INPUT_NAMES, matmul_nm_node
 from optimum_nm.runtime.library import load_library
 
 NODE = "MatMulNM node '/layer0/MatMul'"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-BEST = INSTRUCTION_SETS.index(load_library().nm_isa().decode())
+BEST = ISAS.index(load_library().nm_isa().decode())
 
 
 def session(model):
@@ -34,7 +34,7 @@ def program(name, **environment):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS[: BEST + 1])
+@pytest.mark.parametrize("isa", ISAS[: BEST + 1])
 def test_agrees_with_float64_on_every_instruction_set(isa):
     found = program("operator_grid.py", OPTIMUM_NM_ISA=isa)
     assert found["isa"] == isa and found["cases"] > 500

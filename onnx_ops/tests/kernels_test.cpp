@@ -281,7 +281,7 @@ int main(int argc, char** argv) {
   nm_test::TestRandomShapes(random, count);
   nm_test::TestManyRows(random, count / 10);
   nm_test::TestHostileWeights(random, 4 * count);
-  printf("%lld products on %s and below, %d failures\n", static_cast<long long>(nm_test::products),
-         nm::IsaName(nm::BestIsa()), nm_test::failures);
+  printf("%lld products on %s and below, %d failures; %s is in use\n", static_cast<long long>(nm_test::products),
+         nm::IsaName(nm::BestIsa()), nm_test::failures, nm_isa());
   return nm_test::failures == 0 ? 0 : 1;
 }

@@ -13,8 +13,13 @@
 namespace nm {
 namespace {
 
-// The innermost loops are functions of their own, all of whose pieces are inlined.
+// The innermost loops are functions of their own, all of whose pieces are inlined. GCC would make copies of them for
+// some callers' constants.
+#if defined(__clang__)
 #define NM_LOOP __attribute__((noinline))
+#else
+#define NM_LOOP __attribute__((noinline, noclone))
+#endif
 #define NM_PIECE inline __attribute__((always_inline))
 
 constexpr int64_t kBlock = 16;          // columns of one field of positions

@@ -54,17 +54,32 @@ struct Bfloat16 : Words {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sums of R activation rows: of 16 columns, each four in a vector of their own.
+// Sums of R activation rows: enough of them that none has to wait for the one before it, few enough to stay in
+// registers.
 
 template <int R>
-using Sums = float32x4_t[R][4];
+struct Sums {
+  static constexpr int kCount = R < 4 ? 4 : 2;
+  float32x4_t of[R][kCount];
+};
 
 template <int R>
-NM_PIECE void MultiplyEight(float32x4x2_t w, const float* a, int64_t a_stride, Sums<R>& sums, int first) {
+NM_PIECE void Copy(const Sums<R>& from, Sums<R>& to) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    sums[r][first] = vfmaq_f32(sums[r][first], w.val[0], vld1q_f32(a + r * a_stride));
-    sums[r][first + 1] = vfmaq_f32(sums[r][first + 1], w.val[1], vld1q_f32(a + r * a_stride + 4));
+#pragma GCC unroll 4
+    for (int i = 0; i < Sums<R>::kCount; ++i) to.of[r][i] = from.of[r][i];
+  }
+}
+
+// Eight columns, the first or the last of 16.
+template <int first, int R>
+NM_PIECE void MultiplyEight(float32x4x2_t w, const float* a, int64_t a_stride, Sums<R>& sums) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    float32x4_t* at = sums.of[r] + first / 4 % Sums<R>::kCount;
+    at[0] = vfmaq_f32(at[0], w.val[0], vld1q_f32(a + r * a_stride + first));
+    at[1] = vfmaq_f32(at[1], w.val[1], vld1q_f32(a + r * a_stride + first + 4));
   }
 }
 
@@ -90,23 +105,26 @@ struct StoredMasks {
 template <class Type, class Masks, int R>
 NM_LOOP void HalfTurns(const uint8_t* positions, const uint16_t* table, const uint8_t* values, int64_t turns,
                        const float* a, int64_t a_stride, Sums<R>& totals) {
-  const SpreadTables<Type::kBytes>& spread = kSpread<Type::kBytes>;
+  constexpr int64_t kEight = 8 * Type::kBytes;
+  const uint8_t* low = kSpread<Type::kBytes>.low[0];
+  const uint8_t* high = kSpread<Type::kBytes>.high[0];
+  asm("" : "+r"(high));  // an address of its own, not an addition to the other one for each block
   Sums<R> sums;
-  memcpy(sums, totals, sizeof(sums));
+  Copy<R>(totals, sums);
   for (; turns > 0; --turns, positions += Masks::kBytes) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const uint64_t fields = half == 0 ? Masks::First(positions) : Masks::Second(positions);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i, values += 8 * Type::kBytes, a += kBlock) {
+      for (int i = 0; i < 4; ++i, values += kEight, a += kBlock) {
         const uint32_t mask = Masks::Mask(fields, i, table);
         const typename Type::Eight eight = Type::Load(values);
-        MultiplyEight<R>(Type::Widen(Type::Spread(eight, spread.low[mask & 255])), a, a_stride, sums, 0);
-        MultiplyEight<R>(Type::Widen(Type::Spread(eight, spread.high[mask >> 8])), a + 8, a_stride, sums, 2);
+        MultiplyEight<0, R>(Type::Widen(Type::Spread(eight, low + kEight * (mask & 255))), a, a_stride, sums);
+        MultiplyEight<8, R>(Type::Widen(Type::Spread(eight, high + kEight * (mask >> 8))), a, a_stride, sums);
       }
     }
   }
-  memcpy(totals, sums, sizeof(sums));
+  Copy<R>(sums, totals);
 }
 
 // Values of every column: `columns` of them.
@@ -114,10 +132,10 @@ template <class Type, int R>
 NM_LOOP void DenseColumns(const uint8_t* values, int64_t columns, const float* a, int64_t a_stride, Sums<R>& totals) {
   constexpr int64_t kBytes = kBlock * Type::kBytes;
   Sums<R> sums;
-  memcpy(sums, totals, sizeof(sums));
+  Copy<R>(totals, sums);
   const auto multiply = [&](const uint8_t* v, const float* at) __attribute__((always_inline)) {
-    MultiplyEight<R>(Type::Widen(Type::Load(v)), at, a_stride, sums, 0);
-    MultiplyEight<R>(Type::Widen(Type::Load(v + kBytes / 2)), at + 8, a_stride, sums, 2);
+    MultiplyEight<0, R>(Type::Widen(Type::Load(v)), at, a_stride, sums);
+    MultiplyEight<8, R>(Type::Widen(Type::Load(v + kBytes / 2)), at, a_stride, sums);
   };
   for (; columns >= 2 * kBlock; columns -= 2 * kBlock, values += 2 * kBytes, a += 2 * kBlock) {
     multiply(values, a);
@@ -128,7 +146,7 @@ NM_LOOP void DenseColumns(const uint8_t* values, int64_t columns, const float* a
     memcpy(padded, values, static_cast<size_t>(Min(columns * Type::kBytes, kBytes)));
     multiply(padded, a);
   }
-  memcpy(totals, sums, sizeof(sums));
+  Copy<R>(sums, totals);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -179,12 +197,13 @@ struct Call {
     ForRows(rows, [&](auto count, int64_t row) {
       constexpr int R = decltype(count)::value;
       Sums<R> sums;
-      for (auto& lanes : sums) {
+      for (auto& lanes : sums.of) {
         for (float32x4_t& lane : lanes) lane = vdupq_n_f32(0);
       }
       run(a + row * NaturalColumns(l), NaturalColumns(l), sums);
       for (int r = 0; r < R; ++r) {
-        const float32x4_t sum = vaddq_f32(vaddq_f32(sums[r][0], sums[r][1]), vaddq_f32(sums[r][2], sums[r][3]));
+        float32x4_t sum = vaddq_f32(sums.of[r][0], sums.of[r][1]);
+        for (int i = 2; i < Sums<R>::kCount; ++i) sum = vaddq_f32(sum, sums.of[r][i]);
         y[(row + r) * y_stride] = vaddvq_f32(sum);
       }
     });
@@ -221,13 +240,14 @@ void HalfOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
 // An output row of floats as float32, pruned columns zero.
 template <class Type>
 void ExpandFloats(const Layout& l, const MaskReader& reader, int64_t output, float* floats) {
-  constexpr int64_t kEight = 8 * Type::kBytes;
   const uint8_t* values = l.values + output * l.value_bytes;
   SpreadRow<Type::kBytes>(l, reader, output, values, values + l.value_bytes,
                           [floats](const uint8_t* next, uint32_t mask, int64_t left, int64_t column) {
-                            uint8_t padded[kEight] = {};
-                            if (left < kEight)
-                              next = static_cast<uint8_t*>(memcpy(padded, next, static_cast<size_t>(left)));
+                            uint8_t padded[8 * Type::kBytes] = {};
+                            if (left < static_cast<int64_t>(sizeof(padded))) {
+                              memcpy(padded, next, static_cast<size_t>(left));
+                              next = padded;
+                            }
                             const uint8_t* index = kSpread<Type::kBytes>.low[mask];
                             vst1q_f32_x2(floats + column, Type::Widen(Type::Spread(Type::Load(next), index)));
                           });

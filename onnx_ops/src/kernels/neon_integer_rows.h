@@ -13,10 +13,7 @@ namespace nm {
 namespace {
 
 // Columns of one scale of the activations, and of one integer sum.
-inline int64_t UnitColumns(const Layout& l) {
-  if (l.row_scales == 1 || l.scale_columns % 128 == 0) return 128;
-  return l.scale_columns % 64 == 0 ? 64 : 32;
-}
+inline int64_t UnitColumns(const Layout& l) { return l.row_scales == 1 || l.scale_columns % 128 == 0 ? 128 : 32; }
 
 inline int64_t PaddedUnits(const Layout& l) { return RoundUp(PaddedColumns(l) / UnitColumns(l), 4); }
 
@@ -97,6 +94,15 @@ struct Rows {
   float32x4_t totals[R];
 };
 
+// The next 32 activations of a row. Such loads take no offset but may advance their address, if the compiler is kept
+// from computing each address from the first.
+NM_PIECE int8x16x2_t LoadNext(const int8_t*& a) {
+  const int8x16x2_t both = vld1q_s8_x2(a);
+  a += 32;
+  asm("" : "+r"(a));
+  return both;
+}
+
 template <class Dot, class Turns, class Values, int unit, int R>
 NM_LOOP void RunTurns(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t turns,
                       Rows<R>& rows) {
@@ -104,9 +110,11 @@ NM_LOOP void RunTurns(const uint8_t* positions, const uint32_t* table, const uin
   float32x4_t totals[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) totals[r] = rows.totals[r];
-  const int8_t* a = rows.a;
+  const int8_t* a[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) a[r] = rows.a + r * rows.a_stride;
   const float* products = rows.products;
-  const int64_t a_stride = rows.a_stride, products_stride = rows.products_stride;
+  const int64_t products_stride = rows.products_stride;
   for (; turns > 0; --turns) {
     Indices indices;
     int8x16_t w[8];
@@ -118,7 +126,7 @@ NM_LOOP void RunTurns(const uint8_t* positions, const uint32_t* table, const uin
       int32x4_t sum = vdupq_n_s32(0);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const int8x16x2_t both = vld1q_s8_x2(a + r * a_stride + 32 * i);
+        const int8x16x2_t both = LoadNext(a[r]);
         if constexpr (dense) {
           sum = Dot::Add(Dot::Add(sum, w[2 * i], both.val[0]), w[2 * i + 1], both.val[1]);
         } else {
@@ -132,7 +140,6 @@ NM_LOOP void RunTurns(const uint8_t* positions, const uint32_t* table, const uin
     }
     positions += Turns::kBytes;
     values += (dense ? 2 : 1) * Values::kBytes;
-    a += kTurn;
     products += kTurn / unit;
   }
 #pragma GCC unroll 4
@@ -297,9 +304,8 @@ class Outputs {
 template <class Dot, class Values, class Turns>
 void RunUnits(const Layout& l, int64_t rows, const uint8_t* packed, int64_t first, int64_t last, uint8_t* scratch,
               float* y, int64_t y_stride) {
-  const int64_t unit = UnitColumns(l);
-  if (unit == 128) return Outputs<Dot, Values, Turns, 128>(l, rows, packed, scratch).Run(first, last, y, y_stride);
-  if (unit == 64) return Outputs<Dot, Values, Turns, 64>(l, rows, packed, scratch).Run(first, last, y, y_stride);
+  if (UnitColumns(l) == 128)
+    return Outputs<Dot, Values, Turns, 128>(l, rows, packed, scratch).Run(first, last, y, y_stride);
   Outputs<Dot, Values, Turns, 32>(l, rows, packed, scratch).Run(first, last, y, y_stride);
 }
 

@@ -26,10 +26,9 @@ struct CodeTurns {
 
  private:
   static NM_PIECE void FourBlocks(uint64_t fields, const uint32_t* table, uint8x16_t* indices) {
-    const uint32x4_t first = vzip1q_u32(Word<0>(fields, table), Word<1>(fields, table));
-    const uint32x4_t second = vzip1q_u32(Word<2>(fields, table), Word<3>(fields, table));
-    const uint8x16_t nibbles =
-        vreinterpretq_u8_u64(vzip1q_u64(vreinterpretq_u64_u32(first), vreinterpretq_u64_u32(second)));
+    const uint32x2_t first = vzip1_u32(Word<0>(fields, table), Word<1>(fields, table));
+    const uint32x2_t second = vzip1_u32(Word<2>(fields, table), Word<3>(fields, table));
+    const uint8x16_t nibbles = vreinterpretq_u8_u32(vcombine_u32(first, second));
     const uint32x4_t low = vreinterpretq_u32_u8(vandq_u8(nibbles, vdupq_n_u8(15)));
     const uint32x4_t high = vreinterpretq_u32_u8(vshrq_n_u8(nibbles, 4));
     const uint8x16_t second_block = vcombine_u8(vdup_n_u8(0), vdup_n_u8(16));
@@ -37,8 +36,8 @@ struct CodeTurns {
     indices[1] = vorrq_u8(vreinterpretq_u8_u32(vzip2q_u32(low, high)), second_block);
   }
   template <int i>
-  static NM_PIECE uint32x4_t Word(uint64_t fields, const uint32_t* table) {
-    return vsetq_lane_u32(table[fields >> (kBits * i) & ((1 << kBits) - 1)], vdupq_n_u32(0), 0);
+  static NM_PIECE uint32x2_t Word(uint64_t fields, const uint32_t* table) {
+    return vcreate_u32(table[fields >> (kBits * i) & ((1 << kBits) - 1)]);
   }
 };
 
