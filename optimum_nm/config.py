@@ -67,6 +67,9 @@ class NMConfig:
         outlier_dtype: "float16" or "float32".
         exclude: shell wildcards of module names left as they are.
         overrides: {shell wildcard of module names: {field of LayerConfig: value}}; of several matches the later wins.
+        target_bits: bits per weight that all packed layers together may take, positions, scales and outliers counted;
+            pattern (N of its M), outliers and weight_dtype of each layer are then chosen by what the model loses,
+            unless an override sets one of them, and become overrides. None for all layers as said here.
         share_embedding: the input embedding looks up rows of the packed output layer, where the model ties the two;
             the output layer must be packed with N = M, as by `exclude=[]` and an override of "lm_head".
         preset: "fast" (training-free), "paper" (the whole pipeline of 2507.03052) or "best" (the most accurate, slow)
@@ -94,6 +97,7 @@ class NMConfig:
     outlier_dtype: str = "float16"
     exclude: list[str] = field(default_factory=lambda: ["lm_head"])
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    target_bits: float | None = None
     share_embedding: bool = False
     preset: str | None = None
     calibration_samples: int = 128
@@ -108,6 +112,8 @@ class NMConfig:
         _require_choice("variance_correction", self.variance_correction, (None, *VARIANCE_CORRECTIONS))
         if self.equalization is not None and not 0 <= self.equalization <= 1:
             raise NMError(f"equalization is {self.equalization}; it must be between 0 and 1, or None.")
+        if self.target_bits is not None and not (_is_number(self.target_bits) and self.target_bits > 0):
+            raise NMError(f"target_bits is {self.target_bits!r}; it must be a number above 0, or None.")
         if self.finetune is not None:
             self.finetune = dataclasses.asdict(FinetuneConfig.from_dict(self.finetune))
         for name in ("calibration_samples", "calibration_length"):
@@ -213,6 +219,10 @@ class NMConfig:
 def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise NMError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_group_size(group_size: int | str, pattern: NMPattern) -> int:

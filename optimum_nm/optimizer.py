@@ -13,6 +13,7 @@ from .calibration.windows import calibration_windows
 from .config import NMConfig
 from .errors import NMError
 from .nn.modeling import load_causal_lm, load_tokenizer
+from .sparsify.allocate import allocate_layers
 from .sparsify.architectures import decoder_blocks
 from .sparsify.checkpoint import output_folder, write_checkpoint
 from .sparsify.layer import LayerSolver, solve_layer
@@ -82,7 +83,7 @@ class NMOptimizer:
         """
         config = self._checked(NMConfig() if config is None else config)
         with output_folder(save_dir, overwrite) as folder:
-            summary = self.sparsify(config, calibration, progress=progress, device=device)
+            config, summary = self.sparsify(config, calibration, progress=progress, device=device)
             write_checkpoint(folder, self.model, self.tokenizer, config, summary)
         return summary
 
@@ -94,11 +95,15 @@ class NMOptimizer:
         progress: bool = True,
         device: str | torch.device | None = None,
         solve: LayerSolver = solve_layer,
-    ) -> SparsificationSummary:
+    ) -> tuple[NMConfig, SparsificationSummary]:
         """As `optimize`, in memory only.
 
         Args:
             solve: prunes one layer, in place of the solver that `config` names.
+
+        Returns:
+            The configuration as it was applied: with names of this model, and an override for each layer for which
+            `target_bits` made the choice; and the summary.
         """
         config = self._checked(config)
         windows = calibration_windows(
@@ -111,7 +116,12 @@ class NMOptimizer:
         self._check_tokens(windows)
         if device is not None:
             self.model.to(device)  # type: ignore[arg-type]
-        return sparsify_model(self.model.eval(), windows, config, progress, solve)
+        model, allocation = self.model.eval(), None
+        if config.target_bits is not None:
+            config, allocation = allocate_layers(model, windows, config, progress)
+        summary = sparsify_model(model, windows, config, progress, solve)
+        summary.allocation = allocation
+        return config, summary
 
     def _checked(self, config: NMConfig) -> NMConfig:
         """With the names of this model.

@@ -47,7 +47,7 @@ def measure(row: Row, setting: Setting, checkpoint: Path) -> dict[str, Any]:
     if row.unstructured is not None:
         solve = unstructured_solver(row.config, row.unstructured)
         stored = stored_dense(row.config)
-        summary = optimizer.sparsify(stored, setting.calibration, device=setting.device, solve=solve)
+        _, summary = optimizer.sparsify(stored, setting.calibration, device=setting.device, solve=solve)
     else:
         summary = optimizer.optimize(checkpoint, row.config, setting.calibration, overwrite=True, device=setting.device)
     result = {

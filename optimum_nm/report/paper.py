@@ -106,6 +106,9 @@ TABLES: dict[str, Rows] = {
         "8:16 + 16:256 admm int4": _sparse("8:16", "16:256", solver="admm", weight_dtype="int4"),
     },
     "Values": {"8:16 admm": _sparse("8:16", solver="admm"), **_values()},
+    "Mixes within a number of bits": {
+        f"mix of {bits} bits": {"target_bits": bits, "solver": "admm"} for bits in _BUDGETS
+    },
     "Presets": {
         **{f"preset {name}": {"preset": name, "outliers": None} for name in PRESETS},
         **{f"preset {name} + 16:256": {"preset": name, "outliers": "16:256"} for name in PRESETS},

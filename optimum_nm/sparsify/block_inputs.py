@@ -86,9 +86,13 @@ class BlockInputs:
 
         The blocks pass their input on, the last one returns `self.hidden`.
         """
-        for batch, hidden in zip(self.batches, self.hidden, strict=True):
-            with self._idle_blocks([], final=hidden):
-                self._forward(batch)
+        for batch, hidden in enumerate(self.hidden):
+            self.logits(batch, hidden)
+
+    def logits(self, batch: int, hidden: Tensor) -> Tensor:
+        """The model's output for one batch, `[batch, length, vocabulary]`, if the last block's is `hidden`."""
+        with self._idle_blocks([], final=hidden):
+            return self.model(input_ids=self.batches[batch].to(self.model.device), use_cache=False).logits
 
     def _forward(self, token_ids: Tensor) -> None:
         with suppress(_Reached):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+def layer_type(name: str) -> str:
+    """The last two parts of a layer's name: "self_attn.q_proj"."""
+    return ".".join(name.split(".")[-2:])
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,7 @@ class LayerSummary:
 
     @property
     def type(self) -> str:
-        """The last two parts of the name: "self_attn.q_proj"."""
-        return ".".join(self.name.split(".")[-2:])
+        return layer_type(self.name)
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,66 @@ class BlockLoss:
     after: float
 
 
+@dataclass(frozen=True)
+class AllocatedLayer:
+    """What was chosen for one layer.
+
+    Attributes:
+        bits_per_weight: all packed tensors, exactly.
+        sensitivity: the loss, in nats a token, that the layer's absence is predicted to cost; None if it was not asked.
+        relative_error: predicted for the choice, of the layer's output, weighted by what the loss makes of it.
+    """
+
+    name: str
+    pattern: str
+    outliers: str | None
+    weight_dtype: str
+    bits_per_weight: float
+    sensitivity: float | None
+    relative_error: float | None
+
+    @property
+    def storage(self) -> str:
+        return " ".join(filter(None, (self.pattern, self.outliers and f"+ {self.outliers}", self.weight_dtype)))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How the layers of a model were stored within `target_bits`; `str()` is a table per layer type."""
+
+    target_bits: float
+    bits_per_weight: float
+    layers: list[AllocatedLayer]
+
+    def __str__(self) -> str:
+        header = f"{'layer type':<32}{'bits/weight':>20}{'sensitivity':>13}  chosen"
+        lines = [f"{self.bits_per_weight:.3f} of {self.target_bits:g} bits per weight, allocated:", header]
+        types: dict[str, list[AllocatedLayer]] = {}
+        for layer in self.layers:
+            types.setdefault(layer_type(layer.name), []).append(layer)
+        for kind, layers in types.items():
+            bits = [layer.bits_per_weight for layer in layers]
+            spread = f"{sum(bits) / len(bits):.3f} ({min(bits):.2f}–{max(bits):.2f})"
+            felt = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
+            sensitivity = f"{sum(felt) / len(felt):.4f}" if felt else "–"
+            counts = Counter(layer.storage for layer in layers).most_common()
+            chosen = ", ".join(f"{count} × {storage}" for storage, count in counts)
+            lines.append(f"{kind:<32}{spread:>20}{sensitivity:>13}  {chosen}")
+        return "\n".join(lines)
+
+
 @dataclass
 class SparsificationSummary:
     """Every packed layer in the order of the model, and the seconds it took; `str()` is a table per layer type.
 
-    `block_losses` holds, by the number of the decoder block, what fine-tuning did.
+    `block_losses` holds, by the number of the decoder block, what fine-tuning did; `allocation`, what was chosen for
+    `target_bits`.
     """
 
     layers: list[LayerSummary] = field(default_factory=list)
     block_losses: dict[int, BlockLoss] = field(default_factory=dict)
     seconds: float = 0.0
+    allocation: Allocation | None = None
 
     def by_type(self) -> dict[str, dict[str, float]]:
         """Per layer type, and under "all": layers, weights, and the averages of the figures of LayerSummary.
@@ -70,7 +125,9 @@ class SparsificationSummary:
         """For JSON. Holds no times: the same input gives the same dictionary."""
         losses = {str(index): asdict(loss) for index, loss in self.block_losses.items()}
         tuned = {"block_losses": losses} if losses else {}
-        return {"layers": [asdict(layer) for layer in self.layers], "types": self.by_type(), **tuned}
+        allocated = {} if self.allocation is None else {"allocation": asdict(self.allocation)}
+        layers = [asdict(layer) for layer in self.layers]
+        return {"layers": layers, "types": self.by_type(), **tuned, **allocated}
 
     def __str__(self) -> str:
         header = f"{'layer type':<32}{'layers':>7}{'weights':>13}{'density':>9}{'error':>9}{'bits/weight':>13}"
@@ -80,7 +137,7 @@ class SparsificationSummary:
                 f"{kind:<32}{row['layers']:>7}{row['weights']:>13}{row['density']:>9.4f}"
                 f"{row['relative_error']:>9.4f}{row['bits_per_weight']:>13.3f}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines if self.allocation is None else [*lines, "", str(self.allocation)])
 
 
 def _average(layers: Iterable[LayerSummary]) -> dict[str, float]:
