@@ -16,7 +16,7 @@ from optimum_nm.nn.skeleton import open_checkpoint
 from optimum_nm.onnx.export import export_checkpoint
 from optimum_nm.onnx.fused import MODEL_TYPES, no_fused_graph
 from optimum_nm.onnx.genai import genai_config
-from optimum_nm.onnx.operator import register_schema
+from optimum_nm.onnx.operator import register_schemas
 from optimum_nm.runtime.session import session_options
 from optimum_nm.sparsify.tensor_order import arrange_tensors
 
@@ -107,7 +107,7 @@ def test_runs_without_the_library(tmp_path):
 
 
 def test_operator_may_be_known_to_the_onnx_package(tmp_path):
-    register_schema()
+    register_schemas()
     packed_checkpoint(tmp_path)
     names = [node.name for node in export(tmp_path).graph.node if node.op_type == "MatMulNM"]
     assert "model.layers.0.mlp.down_proj" in names and len(set(names)) == len(names)
@@ -149,11 +149,15 @@ def test_projections_stored_side_by_side_are_one_node(tmp_path):
     tokens = random_tokens(12)
     counts, logits = [], []
     for _ in range(2):
-        counts.append(sum(node.op_type == "MatMulNM" for node in export(tmp_path).graph.node))
+        kinds = [node.op_type for node in export(tmp_path).graph.node]
+        counts.append(kinds.count("MatMulNM"))
         logits.append(OnnxDecoder(tmp_path / "model.onnx", session_options(1)).read(tokens))
         arrange_tensors(tmp_path)
     assert counts == [2 * 7 + 1, 2 * 4 + 1]  # query, key and value; output; gate and up; down
     np.testing.assert_allclose(*logits, atol=1e-5)
+    # nothing else is left between the products of a layer
+    assert kinds.count("SwiGLU") == kinds.count("GroupQueryAttention") == 2
+    assert not {"Split", "Sigmoid", "Transpose", "Reshape"} & set(kinds)
 
 
 def test_accuracy_level_is_4_for_integers_unless_asked(tmp_path):

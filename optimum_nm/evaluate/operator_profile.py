@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..onnx.operator import OPERATOR
+from ..onnx.operator import OPERATOR, SWIGLU
 from .benchmark import described, machine, measure_in_rounds, model_folders, settings_of
 from .measure_operators import BETWEEN
 from .tables import format_table
@@ -127,7 +127,7 @@ def _medians(rounds: list[dict[str, dict[str, float]]]) -> list[OperatorTime]:
     }
     total = sum(milliseconds.values())
     return [
-        OperatorTime(operator, operator == OPERATOR, int(rounds[0][operator]["calls"]), time, time / total)
+        OperatorTime(operator, operator in (OPERATOR, SWIGLU), int(rounds[0][operator]["calls"]), time, time / total)
         for operator, time in sorted(milliseconds.items(), key=lambda item: -item[1])
     ]
 

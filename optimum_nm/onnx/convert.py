@@ -20,7 +20,7 @@ from .constant_weights import ConstantWeight, constant_weights
 from .conversion_summary import ConversionSummary, WeightSummary
 from .external_file import external_file
 from .fallback import OLDEST_OPSET, add_fallback
-from .operator import DOMAIN, VERSION, register_schema
+from .operator import DOMAIN, VERSION, register_schemas
 from .replace_products import ProductReplacer
 
 ACCURACY_LEVELS = (0, 4)
@@ -218,7 +218,7 @@ def _write(
         if fallback:
             add_fallback(proto)
             proto.ir_version = max(proto.ir_version, FUNCTIONS_IR_VERSION)
-        register_schema()
+        register_schemas()
         (folder / target.name).write_bytes(proto.SerializeToString(deterministic=True))
         onnx.checker.check_model(str(folder / target.name))
         target.unlink(missing_ok=True)  # an old model beside new data would be worse than none

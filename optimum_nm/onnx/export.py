@@ -20,7 +20,7 @@ from ..sparsify.checkpoint import output_folder
 from .external_data import MODEL_FILE, check_files
 from .fallback import add_fallback
 from .genai import RUNTIMES, add_genai_files
-from .operator import DOMAIN, VERSION, register_schema
+from .operator import DOMAIN, VERSION, register_schemas
 from .traced import TASKS, traced_graph
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def checked_model(model: onnx.ModelProto, path: Path) -> Iterator[None]:
     Raises:
         NMError: the folder cannot be written.
     """
-    register_schema()
+    register_schemas()
     temporary = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

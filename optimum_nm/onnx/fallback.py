@@ -1,4 +1,4 @@
-"""MatMulNM as a model-local function of standard operators, for runtimes without the library.
+"""MatMulNM as a model-local function of standard operators, for runtimes without the library; SwiGLU with it.
 
 The body unpacks the weight and multiplies densely. Everything but the multiplication depends on constants alone, so
 ONNX Runtime folds it when it loads the model. A model holds one body for all its nodes, so what differs between them
@@ -21,7 +21,8 @@ from ..errors import NMError
 from ..packing.codes import unrank_masks
 from ..packing.values import INT4_CHUNK, OFFSET
 from ..patterns import GROUP_WIDTHS, NMPattern
-from .operator import ATTRIBUTE_TYPES, DOMAIN, INPUT_NAMES, OPERATOR, VERSION, is_matmul_nm
+from .operator import ATTRIBUTE_TYPES, DOMAIN, INPUT_NAMES, OPERATOR, SWIGLU, VERSION, is_matmul_nm
+from .swiglu import swiglu_function
 
 OLDEST_OPSET = 13
 _WIDEST = max(GROUP_WIDTHS)
@@ -29,7 +30,7 @@ _LARGEST_TABLE = comb(16, 8)  # masks listed in the function; 16:32 has 601 mill
 
 
 def add_fallback(model: onnx.ModelProto) -> None:
-    """Add the function that MatMulNM nodes of `model` fall back to, and the import of its domain, in place.
+    """Add the functions that MatMulNM and SwiGLU nodes fall back to, and the import of their domain, in place.
 
     Raises:
         NMError: the model's opset is older than 13.
@@ -40,9 +41,12 @@ def add_fallback(model: onnx.ModelProto) -> None:
         return
     attributes = [{a.name: helper.get_attribute_value(a) for a in node.attribute} for node in nodes]
     decoded = [{k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()} for values in attributes]
-    others = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, OPERATOR)]
+    functions = [fallback_function(decoded, opsets[""])]
+    if any((node.domain, node.op_type) == (DOMAIN, SWIGLU) for node in _all_nodes(model.graph)):
+        functions.append(swiglu_function(opsets[""]))
+    others = [f for f in model.functions if f.domain != DOMAIN]
     del model.functions[:]
-    model.functions.extend([*others, fallback_function(decoded, opsets[""])])
+    model.functions.extend([*others, *functions])
     if DOMAIN not in opsets:
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
 

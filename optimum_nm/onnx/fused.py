@@ -30,6 +30,7 @@ from .joint_projections import join_projections
 from .operator import DOMAIN, OPERATOR, VERSION, node_attributes
 from .packed_embedding import look_up_rows
 from .stored_tensors import StoredMatrix, StoredRows, StoredTensors, empty_initializer
+from .swiglu import fuse_swiglu
 
 # Those whose graph agrees with transformers' model in the tests.
 MODEL_TYPES = (
@@ -83,6 +84,7 @@ def fused_graph(
     proto = ir.to_proto(model)
     _expand_embeddings(proto.graph, parameters.embeddings)
     join_projections(proto.graph)
+    fuse_swiglu(proto.graph)
     return proto
 
 

@@ -1,4 +1,4 @@
-"""The operator MatMulNM (docs/operator.md): its name, attributes, element types, nodes and ONNX schema."""
+"""The operators MatMulNM and SwiGLU (docs/operator.md): names, attributes, element types, nodes and ONNX schemas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..packing.packed_weight import packed_shapes
 
 DOMAIN = "optimum.nm"
 OPERATOR = "MatMulNM"
+SWIGLU = "SwiGLU"
 VERSION = 1
 INPUT_NAMES = ("A", "values", "positions", "scales", "outlier_values", "outlier_positions", "bias")
 ATTRIBUTE_TYPES = {
@@ -92,10 +93,14 @@ def is_matmul_nm(node: onnx.NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type == OPERATOR
 
 
-def register_schema() -> None:
-    """Teach the `onnx` package the operator, for `onnx.checker.check_model(..., check_custom_domain=True)`."""
-    if defs.has(OPERATOR, DOMAIN):
-        return
+def register_schemas() -> None:
+    """Teach the `onnx` package the operators, for `onnx.checker.check_model(..., check_custom_domain=True)`."""
+    for name, schema in ((OPERATOR, _matmul_nm_schema), (SWIGLU, _swiglu_schema)):
+        if not defs.has(name, DOMAIN):
+            defs.register_schema(schema())
+
+
+def _matmul_nm_schema() -> defs.OpSchema:
     parameter, optional = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption.Optional
     types = {
         "A": ("T", "activations [..., K]"),
@@ -116,7 +121,7 @@ def register_schema() -> None:
         defs.OpSchema.Attribute(name, attribute_types[kind], name, required=True)
         for name, kind in ATTRIBUTE_TYPES.items()
     ]
-    schema = defs.OpSchema(
+    return defs.OpSchema(
         OPERATOR,
         DOMAIN,
         VERSION,
@@ -131,4 +136,15 @@ def register_schema() -> None:
         ],
         attributes=attributes,
     )
-    defs.register_schema(schema)
+
+
+def _swiglu_schema() -> defs.OpSchema:
+    parameter = defs.OpSchema.FormalParameter
+    return defs.OpSchema(
+        SWIGLU,
+        DOMAIN,
+        VERSION,
+        "Y = silu(gate) · up, where X [..., 2I] is gate [..., I] followed by up [..., I].",
+        inputs=[parameter("X", "tensor(float)", "gate and up [..., 2I]")],
+        outputs=[parameter("Y", "tensor(float)", "[..., I]")],
+    )

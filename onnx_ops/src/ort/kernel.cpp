@@ -3,6 +3,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 
+#include "custom_op.h"
 #include "status.h"
 
 namespace nm_ort {
@@ -68,15 +69,6 @@ void ParallelFor(void* pointer, nm_task task, void* context, size_t count) {
 OrtStatus* MatMulNM::Error(const char* reason) const {
   const std::string message = "MatMulNM node '" + name_ + "': " + reason;
   return api_.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
-}
-
-OrtStatus* MatMulNM::ReadName(const OrtKernelInfo* info) {
-  size_t bytes = 0;
-  NM_RETURN_IF_ERROR(api_.KernelInfo_GetNodeName(info, nullptr, &bytes));
-  std::vector<char> name(bytes + 1);
-  NM_RETURN_IF_ERROR(api_.KernelInfo_GetNodeName(info, name.data(), &bytes));
-  name_ = name.data();
-  return nullptr;
 }
 
 OrtStatus* MatMulNM::ReadInteger(const OrtKernelInfo* info, const char* name, int64_t smallest, int64_t largest,
@@ -185,7 +177,7 @@ OrtStatus* MatMulNM::ReadConstants(const OrtKernelInfo* info) {
 }
 
 OrtStatus* MatMulNM::Init(const OrtKernelInfo* info) {
-  NM_RETURN_IF_ERROR(ReadName(info));
+  NM_RETURN_IF_ERROR(ReadNodeName(api_, info, &name_));
   NM_RETURN_IF_ERROR(ReadAttributes(info));
   return ReadConstants(info);
 }

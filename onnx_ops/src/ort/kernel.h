@@ -35,7 +35,6 @@ class MatMulNM {
 
  private:
   OrtStatus* Error(const char* reason) const;
-  OrtStatus* ReadName(const OrtKernelInfo* info);
   OrtStatus* ReadAttributes(const OrtKernelInfo* info);
   OrtStatus* ReadInteger(const OrtKernelInfo* info, const char* name, int64_t smallest, int64_t largest,
                          int64_t* out) const;

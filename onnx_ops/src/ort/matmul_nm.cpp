@@ -1,7 +1,6 @@
 // The table of functions through which ONNX Runtime meets the operator.
 #include "matmul_nm.h"
 
-#include <exception>
 #include <memory>
 
 #include "kernel.h"
@@ -10,22 +9,12 @@
 namespace nm_ort {
 namespace {
 
-struct Operator : OrtCustomOp {
+struct Operator : CpuOperator {
   explicit Operator(ONNXTensorElementDataType type);
   const ONNXTensorElementDataType activation;
 };
 
 const Operator& Self(const OrtCustomOp* op) { return *static_cast<const Operator*>(op); }
-
-// No exception may cross into ONNX Runtime: what is left is running out of memory.
-template <typename Function>
-OrtStatus* Guarded(const OrtApi& api, Function function) {
-  try {
-    return function();
-  } catch (const std::exception& error) {
-    return api.CreateStatus(ORT_FAIL, error.what());
-  }
-}
 
 OrtStatus* MakeKernel(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
   return Guarded(*api, [&]() -> OrtStatus* {
@@ -41,10 +30,8 @@ OrtStatus* RunKernel(void* kernel, OrtKernelContext* context) {
   return Guarded(self.api(), [&] { return self.Compute(context); });
 }
 
-Operator::Operator(ONNXTensorElementDataType type) : OrtCustomOp{}, activation(type) {
-  version = kOrtApiVersion;
+Operator::Operator(ONNXTensorElementDataType type) : activation(type) {
   GetName = [](const OrtCustomOp*) { return "MatMulNM"; };
-  GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
   GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputCount; };
   GetInputType = [](const OrtCustomOp* op, size_t index) {
     return index == kActivations ? Self(op).activation : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
@@ -52,20 +39,10 @@ Operator::Operator(ONNXTensorElementDataType type) : OrtCustomOp{}, activation(t
   GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
     return index < kRequiredInputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
-  GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
   GetOutputType = [](const OrtCustomOp* op, size_t) { return Self(op).activation; };
-  GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
-  GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
-  GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-  GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   CreateKernelV2 = MakeKernel;
   KernelComputeV2 = RunKernel;
   KernelDestroy = [](void* kernel) { delete static_cast<MatMulNM*>(kernel); };
-  GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  GetEndVersion = [](const OrtCustomOp*) { return INT32_MAX; };
-  // InferOutputShapeFn stays null: with it, ONNX Runtime 1.18 to 1.23 crash on a node that leaves out a middle input.
 }
 
 }  // namespace

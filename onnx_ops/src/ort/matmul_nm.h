@@ -2,11 +2,10 @@
 #ifndef NM_ORT_MATMUL_NM_H_
 #define NM_ORT_MATMUL_NM_H_
 
-#include "ort_abi.h"
+#include "custom_op.h"
 
 namespace nm_ort {
 
-constexpr char kDomain[] = "optimum.nm";
 constexpr size_t kMatMulNMCount = 3;
 
 // One operator for each type of the activations; all share the name. They live as long as the process.

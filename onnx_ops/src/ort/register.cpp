@@ -1,6 +1,7 @@
 // The function that ONNX Runtime looks up in the library by name, and calls with the options of a session to come.
 #include "matmul_nm.h"
 #include "status.h"
+#include "swiglu.h"
 
 namespace {
 
@@ -12,7 +13,7 @@ OrtStatus* Register(const OrtApi& api, OrtSessionOptions* options) {
     for (size_t i = 0; i < nm_ort::kMatMulNMCount; ++i) {
       NM_RETURN_IF_ERROR(api.CustomOpDomain_Add(domain, nm_ort::MatMulNMOperators()[i]));
     }
-    return nullptr;
+    return api.CustomOpDomain_Add(domain, nm_ort::SwigluOperator());
   }();
   if (failure != nullptr) return api.CreateStatus(ORT_FAIL, api.GetErrorMessage(failure));
   return api.AddCustomOpDomain(options, domain);
