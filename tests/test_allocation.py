@@ -14,7 +14,7 @@ from optimum_nm.calibration.windows import calibration_windows
 from optimum_nm.config import NMConfig
 from optimum_nm.errors import NMError
 from optimum_nm.evaluate.inspect import inspect_checkpoint
-from optimum_nm.nn.convert import linear_layers
+from optimum_nm.nn.convert import dense_weight, linear_layers
 from optimum_nm.optimizer import NMOptimizer
 from optimum_nm.packing.packed_weight import PackedWeight
 from optimum_nm.patterns import NMPattern, OutlierPattern
@@ -98,14 +98,15 @@ def small(tokenizer, text):
     return model, calibration_windows([text], tokenizer, 12, 48, seed=0)
 
 
-def test_fisher_is_the_mean_square_of_gradients_of_the_whole_model(small):
-    model, windows = small
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "OPT", "GPT2"])
+def test_fisher_is_the_mean_square_of_gradients_of_the_whole_model(architecture, tokenizer, small):
+    model, windows = tiny_model(architecture, len(tokenizer)), small[1]
     linears = linear_layers(model)
     with torch.no_grad():
         inputs = BlockInputs(model, decoder_blocks(model)[1], windows[:2], 1)
         found = output_fisher(inputs, linears, seed=3)
     generator = torch.Generator().manual_seed(3)
-    expected = {name: torch.zeros(module.out_features) for name, module in linears.items()}
+    expected = {name: torch.zeros(len(dense_weight(module))) for name, module in linears.items()}
     outputs = {}
     hooks = [
         module.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
@@ -116,7 +117,7 @@ def test_fisher_is_the_mean_square_of_gradients_of_the_whole_model(small):
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
-            expected[name] += gradient[0].square().sum(dim=0) / windows[:2].numel()
+            expected[name] += gradient.flatten(0, -2).square().sum(dim=0) / windows[:2].numel()
     for hook in hooks:
         hook.remove()
     assert found.keys() == expected.keys()
@@ -289,3 +290,22 @@ def test_budget_for_everything_leaves_the_values_as_they_are(tokenizer, small):
     config, allocation = allocate_layers(model, windows[:2], NMConfig(target_bits=16.0), progress=False)
     assert {layer.storage for layer in allocation.layers} == {"16:16 float16"}
     assert allocation.bits_per_weight == 16 and config.target_bits == 16
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda output: (output - output.detach()).sqrt(),
+            r"up_proj has gradients that are not finite; load the model",
+        ),
+        (lambda output: output + torch.inf, "the dense model's predictions are not finite; load it with dtype"),
+    ],
+)
+def test_model_that_is_not_finite(tokenizer, small, damage, message):
+    model, windows = tiny_model("Llama", len(tokenizer)), small[1]
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj.register_forward_hook(lambda _, __, output: damage(output))
+    with torch.no_grad(), pytest.raises(NMError, match=message):
+        inputs = BlockInputs(model, decoder_blocks(model)[1], windows[:1])
+        output_fisher(inputs, {"model.layers.1.mlp.up_proj": mlp.up_proj}, seed=0)

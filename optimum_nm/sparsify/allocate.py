@@ -62,18 +62,7 @@ def allocate_layers(
             f"{8 * smallest / weights:.3f} bits per weight."
         )
     costs = _measure(model, windows, config, [name for name in layers if len(options[name]) > 1], progress)
-    choices: dict[str, list[Choice]] = {}
-    for name in layers:
-        measured = costs[name].relative_errors if name in costs else {}
-        choices[name] = [
-            Choice(
-                option,
-                packed_bytes(shapes[name], option),
-                measured.get(option, 0.0),
-                measured[option] * costs[name].sensitivity if name in costs else 0.0,
-            )
-            for option in options[name]
-        ]
+    choices = {name: [_choice(shapes[name], option, costs.get(name)) for option in options[name]] for name in layers}
     chosen = allocate(choices, int(config.target_bits * weights / 8))
     assert chosen is not None
     allocated = [
@@ -95,6 +84,12 @@ def allocate_layers(
 class _Costs:
     sensitivity: float
     relative_errors: dict[LayerConfig, float]
+
+
+def _choice(shape: torch.Size, layer: LayerConfig, costs: _Costs | None) -> Choice:
+    """Without costs there is nothing to choose."""
+    error = 0.0 if costs is None else costs.relative_errors[layer]
+    return Choice(layer, packed_bytes(shape, layer), error, 0.0 if costs is None else error * costs.sensitivity)
 
 
 def _options(model: PreTrainedModel, name: str, layer: LayerConfig, config: NMConfig) -> list[LayerConfig]:

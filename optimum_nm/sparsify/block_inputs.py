@@ -89,6 +89,21 @@ class BlockInputs:
         for batch, hidden in enumerate(self.hidden):
             self.logits(batch, hidden)
 
+    def entry(self, batch: int) -> Tensor:
+        """The input of block 0 for one batch, computed anew by what precedes it, with its graph."""
+        reached: list[Tensor] = []
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            reached.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            raise _Reached
+
+        self.blocks[0].forward = stop  # type: ignore[method-assign, assignment]
+        try:
+            self._forward(self.batches[batch])
+        finally:
+            vars(self.blocks[0]).pop("forward", None)
+        return reached[0]
+
     def logits(self, batch: int, hidden: Tensor) -> Tensor:
         """The model's output for one batch, `[batch, length, vocabulary]`, if the last block's is `hidden`."""
         with self._idle_blocks([], final=hidden):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..errors import NMError
 from ..nn.convert import dense_weight
 from .block_inputs import BlockInputs
 
@@ -27,6 +28,9 @@ def output_fisher(inputs: BlockInputs, linears: dict[str, nn.Module], seed: int)
 
     Returns:
         float32 `[out_features]` by name; zeros for a layer that no token reaches.
+
+    Raises:
+        NMError: the model's predictions, or a layer's gradients, are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = {name: torch.zeros(dense_weight(module).shape[0]) for name, module in linears.items()}
@@ -36,22 +40,33 @@ def output_fisher(inputs: BlockInputs, linears: dict[str, nn.Module], seed: int)
         for index in range(len(inputs.blocks)):
             states.append(inputs.run(index, batch, states[-1]))
         tokens += states[-1].shape[:-1].numel()
-        with torch.enable_grad(), _squared_gradients(linears, sums):
+        with torch.enable_grad(), _squared_gradients(linears, sums) as watched:
             final = states.pop().detach().requires_grad_()
             logits = inputs.logits(batch, final).float().flatten(0, -2)
+            if not torch.isfinite(logits).all():
+                raise NMError("the dense model's predictions are not finite; load it with dtype='float32'.")
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).flatten()
             loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
             (gradient,) = torch.autograd.grad(loss, final)
             del logits, loss
             for index in reversed(range(len(inputs.blocks))):
+                watched.clear()  # or the graphs of all blocks would stay
                 state = states.pop().detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(inputs.run(index, batch, state), state, gradient)
+            watched.clear()
+            entry = inputs.entry(batch)
+            if watched:  # linears before the first block, as OPT's project_in
+                torch.autograd.grad(entry, watched, gradient)
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise NMError(f"{name} has gradients that are not finite; load the model with dtype='float32'.")
     return {name: total / tokens for name, total in sums.items()}
 
 
 @contextmanager
-def _squared_gradients(linears: dict[str, nn.Module], sums: dict[str, Tensor]) -> Iterator[None]:
-    """Adds the squares of the gradients of outputs, summed over tokens, to `sums`."""
+def _squared_gradients(linears: dict[str, nn.Module], sums: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+    """Adds the squares of the gradients of outputs, summed over tokens, to `sums`; yields the outputs as they come."""
+    watched: list[Tensor] = []
 
     def watch(name: str, output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
@@ -59,8 +74,9 @@ def _squared_gradients(linears: dict[str, nn.Module], sums: dict[str, Tensor]) -
 
         if output.requires_grad:
             output.register_hook(add)
+            watched.append(output)
 
     with ExitStack() as hooks:
         for name, module in linears.items():
             hooks.enter_context(module.register_forward_hook(lambda _, __, output, name=name: watch(name, output)))
-        yield
+        yield watched
