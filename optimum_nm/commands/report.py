@@ -74,9 +74,9 @@ class ReportCommand(Command):
             names = [row.name for row in matrix.select(args.only)]
             return Outcome("\n".join(names), {"configurations": names})
 
+        from ..evaluate.pictures import require_matplotlib
         from ..report.document import report_data, report_text, write_report
         from ..report.pareto import pareto_front, points
-        from ..report.plots import require_matplotlib
         from ..report.runner import run_report
 
         require_matplotlib()

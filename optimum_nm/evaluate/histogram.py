@@ -13,6 +13,7 @@ from ..nn.skeleton import open_checkpoint
 from ..packing.checkpoint import PackedCheckpoint
 from ..packing.packed_weight import TENSOR_NAMES
 from .inspect import inspect_checkpoint
+from .pictures import require_matplotlib, save_picture
 
 MAGNITUDES = np.arange(-20.0, 4.25, 0.25)  # log2|w|, edges of the bins
 
@@ -39,10 +40,9 @@ def plot_checkpoint(folder: str | Path, file: str | Path) -> None:
     Raises:
         NMError: matplotlib is missing, the file cannot be written, or the checkpoint is damaged.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise NMError("matplotlib is not installed; `pip install 'optimum-nm[report]'` brings it.") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     file = Path(file).expanduser()
     if not file.parent.is_dir():
         raise NMError(f"{file} cannot be written; there is no folder {file.parent}.")
@@ -66,14 +66,7 @@ def plot_checkpoint(folder: str | Path, file: str | Path) -> None:
     right.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(TENSOR_NAMES), fontsize="small", frameon=False
     )
-    temporary = file.with_name(f".{file.name}.part")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        temporary.replace(file)
-    except OSError as error:
-        raise NMError(f"{file} cannot be written ({error.strerror}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_picture(figure, file)
 
 
 def _bits_by_type(folder: str | Path) -> dict[str, dict[str, float]]:

@@ -9,6 +9,7 @@ from ..errors import NMError
 from .kernel_benchmark import KernelBenchmark, Timing
 from .kernel_models import kernels
 from .kernel_weights import OUTLIERS, PATTERN
+from .pictures import require_matplotlib, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,10 +17,7 @@ if TYPE_CHECKING:
 
 def check_plot_file(file: Path) -> Path:
     """Raise NMError, before anything is measured, unless a picture can be written to `file`."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise NMError("matplotlib is not installed; `pip install 'optimum-nm[report]'` brings it.") from None
+    require_matplotlib()
     if file.suffix.lower() != ".png":
         raise NMError(f"plot {str(file)!r} has not the ending .png; pictures are PNG files.")
     if not file.absolute().parent.is_dir():
@@ -51,13 +49,7 @@ def plot(result: KernelBenchmark, file: Path) -> None:
     about = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     figure.suptitle(about, fontsize="small")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    temporary = file.with_name(f".{file.name}.partial")
-    try:
-        figure.savefig(temporary, format="png", dpi=100)
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise NMError(f"plot {str(file)!r} cannot be written ({error.strerror}).") from None
+    save_picture(figure, file, dpi=100)
 
 
 def _style(name: str) -> dict[str, Any]:

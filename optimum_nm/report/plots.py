@@ -5,22 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import NMError
-from ..evaluate.whole_file import whole_file
+from ..evaluate.pictures import save_picture
 from .pareto import Point, pareto_front
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-def require_matplotlib() -> None:
-    """Raise NMError, before anything is measured, unless pictures can be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise NMError("matplotlib is not installed; `pip install 'optimum-nm[report]'` brings it.") from None
 
 
 def plot_pareto(points: Sequence[Point], dense_perplexity: float, file: Path) -> None:
@@ -47,7 +35,7 @@ def plot_pareto(points: Sequence[Point], dense_perplexity: float, file: Path) ->
     axes.set(xlabel="bits per weight of the packed layers", ylabel="perplexity on held-out text", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    _save(figure, file)
+    save_picture(figure, file)
 
 
 def plot_layer_errors(name: str, layers: Sequence[dict[str, Any]], file: Path) -> None:
@@ -75,9 +63,4 @@ def plot_layer_errors(name: str, layers: Sequence[dict[str, Any]], file: Path) -
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    _save(figure, file)
-
-
-def _save(figure: Figure, file: Path) -> None:
-    with whole_file(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_picture(figure, file)
