@@ -119,12 +119,10 @@ def _measure(
     linears = {name: module for name, module in linear_layers(model).items() if name in names}
     outside = {name: module for name, module in linears.items() if not name.startswith(f"{blocks_name}.")}
     costs: dict[str, _Costs] = {}
-    with tqdm(total=len(blocks) + 1 + bool(outside), desc="Allocating", unit="block", disable=not progress) as bar:
-        fisher_inputs = BlockInputs(model, blocks, windows[:FISHER_WINDOWS], batch_size=1)
-        fisher = output_fisher(fisher_inputs, linears, config.seed)
-        del fisher_inputs
-        bar.update()
-        inputs = BlockInputs(model, blocks, windows[:GRAM_WINDOWS])
+    inputs = BlockInputs(model, blocks, windows[:FISHER_WINDOWS], batch_size=1)
+    fisher = output_fisher(inputs, linears, config.seed, progress)
+    inputs = BlockInputs(model, blocks, windows[:GRAM_WINDOWS])
+    with tqdm(total=len(blocks) + bool(outside), desc="Allocating", unit="block", disable=not progress) as bar:
 
         def measure(group: dict[str, nn.Module], run: Callable[[], None]) -> None:
             with StatisticsCollector(group, True, len(inputs.batches), config.seed) as collector:

@@ -7,13 +7,16 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..errors import NMError
 from ..nn.convert import dense_weight
 from .block_inputs import BlockInputs
 
 
-def output_fisher(inputs: BlockInputs, linears: dict[str, nn.Module], seed: int) -> dict[str, Tensor]:
+def output_fisher(
+    inputs: BlockInputs, linears: dict[str, nn.Module], seed: int, progress: bool = False
+) -> dict[str, Tensor]:
     """E[(∂ log p / ∂y_i)²] of every output y_i of every linear layer, a mean over tokens.
 
     The next tokens are drawn from the model itself, so that ½ Σ_i E[…]·E[δ_i²] is what errors δ of the outputs add to
@@ -25,6 +28,7 @@ def output_fisher(inputs: BlockInputs, linears: dict[str, nn.Module], seed: int)
         inputs: of the dense model, before its first block.
         linears: {full name: module}, in blocks and outside.
         seed: of the tokens drawn.
+        progress: show a progress bar over the batches.
 
     Returns:
         float32 `[out_features]` by name; zeros for a layer that no token reaches.
@@ -35,7 +39,7 @@ def output_fisher(inputs: BlockInputs, linears: dict[str, nn.Module], seed: int)
     generator = torch.Generator().manual_seed(seed)
     sums = {name: torch.zeros(dense_weight(module).shape[0]) for name, module in linears.items()}
     tokens = 0
-    for batch, hidden in enumerate(inputs.hidden):
+    for batch, hidden in enumerate(tqdm(inputs.hidden, desc="Sensitivity", unit="batch", disable=not progress)):
         states = [hidden]
         for index in range(len(inputs.blocks)):
             states.append(inputs.run(index, batch, states[-1]))
