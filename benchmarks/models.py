@@ -1,282 +1,222 @@
-"""Whole models at native speed: packed ones beside ONNX Runtime's own quantization of the same dense model.
+"""Whole models at native speed: packed ones beside what users of onnxruntime-genai and llama.cpp have instead.
 
-Every model is a fused graph and runs in onnxruntime-genai and in a bare InferenceSession, greedy, batch 1. Each
-measurement is a process of its own; a round measures every model once, so that a machine that changes speed changes it
-for all. Figures are medians over the rounds.
+    python benchmarks/models.py --work /tmp/models
 
-    python benchmarks/models.py --work /tmp/models --rounds 3
+builds what is missing in the work folder, each model in a process of its own, and measures on this machine: tokens per
+second in onnxruntime-genai and in a bare InferenceSession, seconds to the first token after 512, greedy, batch 1;
+perplexity on held-out Wikipedia articles. SmolLM2-135M-Instruct comes from examples/demo_data.py; 0.5b and 1b are
+Llamas of random weights. A round measures every model once, so that a machine that changes speed changes it for all.
+Figures are medians over the rounds. Each is kept in the work folder as it comes: started again, the program goes on;
+with another operator library it begins anew.
 
-builds what is missing in the work folder first. `--shape 0.5b` takes a randomly initialised Llama of that size in place
-of SmolLM2-135M (examples/demo_data.py).
+llama.cpp is measured with the Python that has llama-cpp-python, by default this one if it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
-import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROMPT, FIRST_PROMPT, NEW = 32, 512, 64
-PACKED = ("float16", "int8", "int4")
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "0.5b": (1024, 4096, 24, 16, 8, 32000),
-    "1b": (2048, 5632, 22, 32, 4, 32000),
+from model_measurements import held_out_tokens
+from model_variants import SHAPES, SMOLLM2, VARIANTS, build_models, demo_data
+
+from optimum_nm import library_path
+from optimum_nm.evaluate.benchmark import described, machine
+from optimum_nm.evaluate.tables import markdown_table
+from optimum_nm.evaluate.whole_file import write_text
+
+HERE = Path(__file__).parent
+LLAMA_KINDS = ("Q4_0", "Q8_0")
+RIVALS = {  # of the same weight type
+    "8:16 float16": ("float32",),
+    "8:16 int8": ("int8 block 32", "int8 block 128", "llama.cpp Q8_0"),
+    "8:16 int4": ("int4 block 32", "int4 block 128", "llama.cpp Q4_0"),
+    "8:16 + 16:256 int8": ("int8 block 32", "int8 block 128", "llama.cpp Q8_0"),
+    "8:16 + 16:256 int4": ("int4 block 32", "int4 block 128", "llama.cpp Q4_0"),
 }
 
 
-def dense_model(shape: str, folder: Path) -> None:
-    """SmolLM2, or random weights in a given shape, as a Hugging Face folder of float16 weights."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+class OnnxModel:
+    """A folder of model_variants.py."""
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from demo_data import smollm2
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    source, file = smollm2()
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder, legacy_format=False)
-    if shape == "smollm2":
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float16)
-    else:
-        hidden, intermediate, layers, heads, key_value_heads, vocabulary = SHAPES[shape]
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            tie_word_embeddings=True,
-            dtype=torch.float16,
-        )
-        torch.set_default_dtype(torch.float16)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    def speed(self, threads: int) -> dict[str, float]:
+        genai, session = (self._measure(kind, threads) for kind in ("genai", "session"))
+        return genai | session
 
+    def perplexity(self, windows: int, threads: int) -> dict[str, float]:
+        return self._measure("perplexity", windows)
 
-def packed_model(weight_dtype: str) -> Callable[[Path, Path], None]:
-    """8:16 of the largest weights; embedding and output layer are one dense table, in the same type."""
-
-    def build(dense: Path, folder: Path) -> None:
-        from optimum_nm import NMConfig, NMOptimizer
-        from optimum_nm.onnx.export import export_checkpoint
-
-        config = NMConfig(
-            score="magnitude",
-            equalization=None,
-            variance_correction=None,
-            weight_dtype=weight_dtype,
-            exclude=[],
-            overrides={"lm_head": {"pattern": "16:16"}},
-            share_embedding=True,
-            calibration_samples=1,
-            calibration_length=16,
-        )
-        NMOptimizer.from_pretrained(dense).optimize(folder, config, ["a few words " * 50])
-        export_checkpoint(folder, runtime="genai")
-
-    return build
-
-
-def dense_float32(dense: Path, folder: Path) -> None:
-    """mobius's own graph and weights."""
-    command = [sys.executable, "-m", "mobius", "build", "--config", str(dense), "--ep", "cpu", "--dtype", "f32"]
-    subprocess.run([*command, "--runtime", "ort-genai", str(folder)], check=True, stdout=subprocess.DEVNULL)
-
-
-def dense_blocks(bits: int, block_size: int) -> Callable[[Path, Path], None]:
-    """ONNX Runtime's MatMulNBits in mobius's graph, embedding and output layer one quantized table."""
-
-    def build(dense: Path, folder: Path) -> None:
+    def size(self) -> dict[str, float]:
+        """Bytes of the graph and the files that hold its weights, and the graph's nodes."""
         import onnx
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-        source = folder.parent / "float32"
-        model = onnx.load(source / "model.onnx")
-        output_weight = _transpose_output_weight(model.graph)
-        quantizer = MatMulNBitsQuantizer(model, bits, block_size, is_symmetric=True, accuracy_level=4)
-        quantizer.process()
-        graph = quantizer.model.model.graph
-        _look_up_quantized(graph, output_weight, bits, block_size)
-        folder.mkdir()
-        quantizer.model.save_model_to_file(str(folder / "model.onnx"), use_external_data_format=True)
-        for file in source.iterdir():
-            if file.suffix in (".json", ".jinja"):
-                shutil.copyfile(file, folder / file.name)
+        files = [file for file in self.folder.iterdir() if file.suffix in (".safetensors", ".data")]
+        graph = onnx.load(self.folder / "model.onnx", load_external_data=False).graph
+        weights = sum(file.stat().st_size for file in files)
+        return {"bytes": weights + (self.folder / "model.onnx").stat().st_size, "nodes": len(graph.node)}
 
-    return build
+    def _measure(self, kind: str, number: int) -> dict[str, float]:
+        return output_of(sys.executable, HERE / "model_measurements.py", kind, self.folder, number)
 
 
-def _transpose_output_weight(graph: Any) -> str:
-    """The quantizer knows matrices only, not the Transpose by which the output layer shares the embedding."""
-    from onnx import numpy_helper
+class LlamaModel:
+    """A GGUF file, quantized by llama.cpp unless it is there."""
 
-    node = next(node for node in graph.node if node.op_type == "Transpose")
-    table = next(tensor for tensor in graph.initializer if tensor.name == node.input[0])
-    graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(table).T.copy(), node.output[0]))
-    graph.node.remove(node)
-    return node.output[0]
+    def __init__(self, python: str, kind: str, work: Path) -> None:
+        self.program = (python, HERE / "llama_speed.py")
+        self.file = work / f"{kind}.gguf"
+        self.work = work
+        if not self.file.is_file():
+            folder, source = demo_data().smollm2()
+            output_of(*self.program, "quantize", folder / source, self.file, kind)
 
+    def speed(self, threads: int) -> dict[str, float]:
+        return output_of(*self.program, "speed", self.file, threads)
 
-def _look_up_quantized(graph: Any, output_weight: str, bits: int, block_size: int) -> None:
-    import numpy as np
-    from onnx import helper, numpy_helper
+    def perplexity(self, windows: int, threads: int) -> dict[str, float]:
+        tokens = self.work / "tokens.json"
+        tokens.write_text(json.dumps(held_out_tokens(self.work / "dense", windows)))
+        return output_of(*self.program, "perplexity", self.file, tokens, threads)
 
-    gather = next(node for node in graph.node if node.op_type == "Gather" and "input_ids" in node.input)
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    packed = tensors[f"{output_weight}_Q{bits}"]
-    rows = [packed.dims[0], packed.dims[1] * packed.dims[2]]
-    graph.initializer.append(numpy_helper.from_array(np.array(rows), "embedding_rows"))
-    shaped = helper.make_node("Reshape", [packed.name, "embedding_rows"], ["embedding_packed"])
-    look_up = helper.make_node(
-        "GatherBlockQuantized",
-        ["embedding_packed", "input_ids", f"{output_weight}_scales"],
-        ["embedding_padded"],
-        domain="com.microsoft",
-        bits=bits,
-        block_size=block_size,
-        gather_axis=0,
-        quantize_axis=1,
-    )
-    table = tensors[gather.input[0]]
-    bounds = {"embedding_from": [0], "embedding_to": [table.dims[1]], "embedding_axis": [2]}
-    graph.initializer.extend([numpy_helper.from_array(np.array(value), name) for name, value in bounds.items()])
-    cut = helper.make_node("Slice", ["embedding_padded", *bounds], [gather.output[0]])
-    graph.initializer.remove(table)
-    graph.node.remove(gather)
-    for node in (cut, look_up, shaped):
-        graph.node.insert(0, node)
+    def size(self) -> dict[str, float]:
+        return {"bytes": self.file.stat().st_size}
 
 
-VARIANTS: dict[str, Callable[[Path, Path], None]] = {
-    "float32": dense_float32,
-    "int8 block 32": dense_blocks(8, 32),
-    "int8 block 128": dense_blocks(8, 128),
-    "int4 block 32": dense_blocks(4, 32),
-    "int4 block 128": dense_blocks(4, 128),
-    **{f"8:16 {weight_dtype}": packed_model(weight_dtype) for weight_dtype in PACKED},
-}
+class Results:
+    """Figures by shape and model, in a file that is replaced at each change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.figures: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def of(self, shape: str, name: str) -> dict[str, Any]:
+        return self.figures.setdefault(shape, {}).setdefault(name, {"rounds": []})
+
+    def save(self) -> None:
+        write_text(self.path, json.dumps(self.figures, indent=1) + "\n")
 
 
-def built(work: Path, shape: str, names: list[str]) -> dict[str, Path]:
-    """The folder of each model, built unless it is there."""
-    dense = work / shape / "dense"
-    if not (dense / "config.json").is_file():
-        dense_model(shape, dense)
-    folders = {name: work / shape / name.replace(" ", "-").replace(":", "-") for name in names}
-    for name in dict.fromkeys(["float32", *names]):
-        folder = work / shape / name.replace(" ", "-").replace(":", "-")
-        if not (folder / "genai_config.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            VARIANTS[name](dense, folder)
-    return folders
+def output_of(*command: str | Path | int) -> dict[str, float]:
+    """What another program prints in its last line."""
+    program = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    if program.returncode:
+        sys.exit(f"{' '.join(map(str, command))} ends with status {program.returncode}.")
+    return json.loads(program.stdout.splitlines()[-1])
 
 
-def measure_genai(folder: Path, threads: int) -> dict[str, float]:
-    """Tokens per second after a short prompt, and seconds to the first token after a long one."""
-    import onnxruntime_genai as genai
-
-    config = genai.Config(str(folder))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    model = genai.Model(config)
-
-    def generator(prompt: int) -> genai.Generator:
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=prompt + NEW, min_length=prompt + NEW, do_sample=False)
-        generator = genai.Generator(model, parameters)
-        generator.append_tokens(list(range(100, 100 + prompt)))
-        return generator
-
-    warm = generator(PROMPT)
-    for _ in range(8):
-        warm.generate_next_token()
-    start = time.perf_counter()
-    generator(FIRST_PROMPT).generate_next_token()
-    first = time.perf_counter() - start
-    decoding = generator(PROMPT)
-    decoding.generate_next_token()
-    start = time.perf_counter()
-    for _ in range(NEW - 1):
-        decoding.generate_next_token()
-    return {"genai": (NEW - 1) / (time.perf_counter() - start), "first": first}
+def measure(models: dict[str, OnnxModel | LlamaModel], shape: str, args: argparse.Namespace, results: Results) -> None:
+    """Fill in what the results lack."""
+    for name, model in models.items():
+        found = results.of(shape, name)
+        found |= model.size()
+        if shape == SMOLLM2 and found.get("windows") != args.windows:
+            found |= model.perplexity(args.windows, args.threads) | {"windows": args.windows}
+        results.save()
+    for count in range(1, args.rounds + 1):
+        for name, model in models.items():
+            rounds = results.of(shape, name)["rounds"]
+            if len(rounds) < count:
+                print(f"{shape}: round {count} of {name}", file=sys.stderr, flush=True)
+                rounds.append(model.speed(args.threads))
+                results.save()
 
 
-def measure_session(folder: Path, threads: int) -> dict[str, float]:
-    """Tokens per second of a bare InferenceSession."""
-    from optimum_nm import session_options
-    from optimum_nm.evaluate.onnx_decoder import OnnxDecoder
-
-    decoder = OnnxDecoder(folder / "model.onnx", session_options(threads))
-    decoder.generate(list(range(100, 100 + PROMPT)), 8)
-    decoder.reset()
-    token = int(decoder.read(list(range(100, 100 + PROMPT)))[-1].argmax())
-    start = time.perf_counter()
-    for _ in range(NEW):
-        token = int(decoder.read([token])[-1].argmax())
-    return {"session": NEW / (time.perf_counter() - start)}
+def spread(figures: dict[str, Any], figure: str, digits: int) -> str:
+    """Median, lowest and highest of the rounds."""
+    values = [sample[figure] for sample in figures["rounds"] if figure in sample]
+    if not values:
+        return ""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def measure(folder: Path, threads: int) -> dict[str, float]:
-    """Both runtimes, each in a process of its own."""
-    figures: dict[str, float] = {}
-    for runtime in ("genai", "session"):
-        command = [sys.executable, __file__, "--measure", runtime, str(folder), str(threads)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{folder}: {run.stderr.strip().splitlines()[-1]}")
-        figures |= json.loads(run.stdout.splitlines()[-1])
-    return figures
+def median(figures: dict[str, Any], figure: str) -> float:
+    return statistics.median(sample[figure] for sample in figures["rounds"])
 
 
-def megabytes(folder: Path) -> float:
-    """The graph and the files that hold its weights."""
-    files = [file for file in folder.iterdir() if file.suffix == ".safetensors" or file.name.startswith("model.onnx")]
-    return sum(file.stat().st_size for file in files) / 1e6
+def table(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
+    header = [
+        "shape",
+        "model",
+        "MB",
+        "nodes",
+        "perplexity",
+        "decode tok/s",
+        "512 tokens to first, s",
+        "session tok/s",
+    ]
+    rows = [
+        [
+            shape,
+            name,
+            f"{found['bytes'] / 1e6:.1f}",
+            str(found.get("nodes", "")),
+            f"{found['perplexity']:.2f}" if "perplexity" in found else "",
+            spread(found, "decode", 1),
+            spread(found, "first", 3),
+            spread(found, "session", 1),
+        ]
+        for shape, models in figures.items()
+        for name, found in models.items()
+    ]
+    return markdown_table(header, rows)
 
 
-def nodes(folder: Path) -> int:
-    import onnx
-
-    return len(onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+def comparison(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Packed models over their rivals: more is better in speed, less in size and time to the first token."""
+    rows = [
+        [
+            shape,
+            name,
+            rival,
+            f"{median(models[name], 'decode') / median(models[rival], 'decode'):.2f}",
+            f"{models[name]['bytes'] / models[rival]['bytes']:.2f}",
+            f"{median(models[name], 'first') / median(models[rival], 'first'):.2f}",
+        ]
+        for shape, models in figures.items()
+        for name, rivals in RIVALS.items()
+        for rival in rivals
+        if name in models and rival in models
+    ]
+    return markdown_table(["shape", "model", "over", "decode ×", "size ×", "first token ×"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the models, kept")
-    parser.add_argument("--shape", choices=("smollm2", *SHAPES), default="smollm2")
-    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and results, kept")
+    parser.add_argument("--shape", nargs="+", choices=(SMOLLM2, *SHAPES), default=[SMOLLM2], help="what to measure")
+    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each model (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of every runtime (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, for perplexity (default: %(default)s)")
+    here = sys.executable if importlib.util.find_spec("llama_cpp") else None
+    parser.add_argument("--llama-python", default=here, help="one with llama-cpp-python (default: %(default)s)")
+    parser.add_argument("--build-only", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    folders = built(args.work, args.shape, args.models)
+    models: dict[str, dict[str, OnnxModel | LlamaModel]] = {}
+    for shape in args.shape:
+        models[shape] = {name: OnnxModel(path) for name, path in build_models(args.work, shape, args.models).items()}
+        if shape == SMOLLM2 and args.llama_python is not None:
+            for kind in LLAMA_KINDS:
+                models[shape][f"llama.cpp {kind}"] = LlamaModel(args.llama_python, kind, args.work / shape)
     if args.build_only:
         return
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
-    for _ in range(args.rounds):
-        for name, folder in folders.items():
-            samples[name].append(measure(folder, args.threads))
-    print(f"{args.shape}, {args.threads} threads, {args.rounds} rounds, greedy, batch 1")
-    print("| model | MB | nodes | genai tok/s | session tok/s | first token after 512, s |")
-    print("|---|---|---|---|---|---|")
-    for name, folder in folders.items():
-        median = {key: statistics.median(sample[key] for sample in samples[name]) for key in samples[name][0]}
-        print(
-            f"| {name} | {megabytes(folder):.1f} | {nodes(folder)} | {median['genai']:.1f} | {median['session']:.1f} | "
-            f"{median['first']:.3f} |"
-        )
+    library = hashlib.sha256(library_path().read_bytes()).hexdigest()[:8]
+    results = Results(args.work / f"results-{args.threads}-threads-{library}.json")
+    for shape in args.shape:
+        measure(models[shape], shape, args, results)
+    print(f"{args.threads} threads, greedy, batch 1; median (lowest–highest) of the rounds; {described(machine())}\n")
+    print(table(results.figures), comparison(results.figures), sep="\n\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        runtime, measured, thread_count = sys.argv[2:]
-        measurements = {"genai": measure_genai, "session": measure_session}
-        print(json.dumps(measurements[runtime](Path(measured), int(thread_count))))
-    else:
-        main()
+    main()
