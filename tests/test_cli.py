@@ -225,6 +225,7 @@ def test_export_to_another_folder(cli, packed, tmp_path):
         (["--equalization", "2"], ["equalization is 2", "between 0 and 1"]),
         (["--calibration-samples", "0"], ["calibration_samples is 0"]),
         (["--calibration-length", "513"], ["calibration_length is 513", "at most 512 tokens"]),
+        (["--target-bits", "1"], ["target_bits is 1", "bits per weight"]),
         (["--exclude", "*.wrong_proj"], ["'*.wrong_proj' matches no linear layer"]),
         (["--override", "*.wrong_proj=pattern:4:8"], ["'*.wrong_proj' matches no linear layer"]),
         (["--override", "*=pattern:9:8"], ["9:8"]),

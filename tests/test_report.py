@@ -138,9 +138,11 @@ def test_rows_that_differ_in_name_only_are_measured_once(run, measured):
     assert report.results["a"] == report.results["b"] and report.ratio("as it is") == 1
 
 
-def test_process_of_its_own(run, tmp_path):
-    """Not in this process, as in the other tests; the failing row fails there."""
+def test_process_of_its_own(run, measured, monkeypatch, tmp_path):
+    run({"as it is": None})
+    monkeypatch.undo()
     report = run({"8:16": {}})
+    assert measured == [DENSE.name]
     assert report.results["8:16"]["peak_bytes"] > 2**26
     assert not report.failures and not (tmp_path / "report" / "work").exists()
 

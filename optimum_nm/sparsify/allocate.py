@@ -26,7 +26,7 @@ from .summary import AllocatedLayer, Allocation
 
 ALLOCATED = ("pattern", "outliers", "weight_dtype")  # the fields of LayerConfig that allocation chooses
 GRAM_WINDOWS = 16
-FISHER_WINDOWS = 8
+FISHER_WINDOWS = 4
 CHUNK = 4096  # rows of a large layer at a time
 
 
