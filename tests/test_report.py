@@ -13,6 +13,7 @@ from optimum_nm.config import NMConfig
 from optimum_nm.errors import NMError
 from optimum_nm.evaluate.inspect import inspect_checkpoint
 from optimum_nm.evaluate.perplexity import evaluate_torch
+from optimum_nm.evaluate.whole_file import whole_file, write_text
 from optimum_nm.report import default_matrix, read_matrix, run_report, runner
 from optimum_nm.report.document import file_name, report_data, report_text, write_report
 from optimum_nm.report.matrix import Matrix, Row
@@ -358,3 +359,14 @@ def test_command_refuses(cli, measured, tmp_path):
 
 def test_command_lists(cli):
     assert cli("--list") == (0, "broken\n8:16\n")
+
+
+def test_file_is_there_whole_or_not_at_all(tmp_path):
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new"):
+        with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / name) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "old"
+    with pytest.raises(NMError, match=r"folder/file cannot be written \(No such file or directory\)"):
+        write_text(tmp_path / "folder" / "file", "text")
