@@ -14,8 +14,8 @@ from optimum_nm.errors import NMError
 from optimum_nm.evaluate.inspect import inspect_checkpoint
 from optimum_nm.evaluate.perplexity import evaluate_torch
 from optimum_nm.evaluate.whole_file import whole_file, write_text
-from optimum_nm.report import default_matrix, read_matrix, run_report, runner
-from optimum_nm.report.document import file_name, report_data, report_text, write_report
+from optimum_nm.report import Report, default_matrix, read_matrix, run_report, runner
+from optimum_nm.report.document import file_name, gap_shares, report_data, report_text, write_report
 from optimum_nm.report.matrix import Matrix, Row
 from optimum_nm.report.measure import run_task
 from optimum_nm.report.pareto import Point, pareto_front, points
@@ -189,6 +189,18 @@ def test_front_is_what_nothing_beats():
     front = [Point("a", 2.0, 50.0, False), Point("b", 3.0, 30.0, False), Point("c", 8.0, 20.0, True)]
     beaten = [Point("d", 2.0, 60.0, False), Point("e", 4.125, 30.0, True), Point("f", 9.0, 20.0, True)]
     assert pareto_front([*beaten, *front]) == front
+
+
+def test_share_of_the_gap_between_two_of_four_and_unstructured():
+    matrix = default_matrix({})
+    losses = {"2:4 admm": 80.0, "8:16 admm": 50.0, "50 % unstructured admm": 40.0, "2:4 mask": 90.0, "8:16 mask": 60.0}
+    found = {"window": 32, "stride": 32, "tokens": 96}
+    results = {
+        name: {"perplexity": {"perplexity": value, **found}} for name, value in {"dense": 20.0, **losses}.items()
+    }
+    report = Report(matrix, Setting("model", "a.jsonl", "b.jsonl"), results, {})
+    assert gap_shares(report) == {"admm": 0.75}
+    assert "8:16 wins back: admm 75%." in report_text(report, [])
 
 
 # --- the matrix

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..evaluate.tables import markdown_table
 from ..evaluate.whole_file import write_text
+from .paper import GAPS
 from .pareto import Point, pareto_front, points
 from .plots import plot_layer_errors, plot_pareto
 from .runner import DENSE, Report
@@ -50,6 +51,10 @@ def report_text(report: Report, front: list[Point]) -> str:
         lines = [_line(report, row.name) for row in rows if row.name in report.results]
         if lines:
             parts += [f"## {title}", markdown_table(HEADER, lines)]
+    gaps = gap_shares(report)
+    if gaps:
+        closed = ", ".join(f"{solver} {share:.0%}" for solver, share in gaps.items())
+        parts.append(f"Of the perplexity between 2:4 and unstructured, 8:16 wins back: {closed}.")
     if front:
         parts += ["## Pareto front", "![perplexity against bits per weight](pareto.png)", _front_table(report, front)]
     if report.failures:
@@ -68,8 +73,20 @@ def report_data(report: Report, front: list[Point]) -> dict[str, Any]:
         "tables": {title: [row.name for row in rows] for title, rows in report.matrix.tables.items()},
         "results": {name: {"ratio": ratios[name], **result} for name, result in report.results.items()},
         "pareto_front": [point.name for point in front],
+        "gap_shares": gap_shares(report),
         "failures": report.failures,
     }
+
+
+def gap_shares(report: Report) -> dict[str, float]:
+    """For each solver, by how much of the way 8:16 comes from 2:4 to unstructured, in perplexity."""
+    shares: dict[str, float] = {}
+    for solver, names in GAPS.items():
+        if all(name in report.results for name in names):
+            start, reached, goal = map(report.perplexity, names)
+            if start > goal:
+                shares[solver] = (start - reached) / (start - goal)
+    return shares
 
 
 def file_name(name: str) -> str:

@@ -63,6 +63,9 @@ def _values() -> Rows:
     return {f"8:16 admm {dtype}": _sparse("8:16", solver="admm", weight_dtype=dtype) for dtype in ("int8", "int4")}
 
 
+# Rows of which the second is to come as near to the third as it can, from the first.
+GAPS = {solver: (f"2:4 {solver}", f"8:16 {solver}", f"50 % unstructured {solver}") for solver in _SOLVERS}
+
 TABLES: dict[str, Rows] = {
     "Dense references": {
         "dense float16": _dense("float16"),
