@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kBlock = 16;       // columns of one field of positions
 constexpr int64_t kStep = 64;        // columns of one step: four fields
+constexpr int64_t kLanes = 8;        // floats of a vector
 constexpr int64_t kPrefetch = 2048;  // bytes ahead in each stream
 
 inline int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -43,6 +44,12 @@ inline uint64_t LoadPartial(const uint8_t* p, int64_t bytes) {
 inline __m256i Load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m128i Load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline void Store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+// The first `count` lanes.
+inline __m256i LaneMask(int64_t count) {
+  const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(Min(count, kLanes))), lanes);
+}
 
 inline float Sum(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -19,7 +19,7 @@ struct PackedPanels {
 };
 
 size_t PackedBytes(const Layout& l, int64_t rows) { return PackedPanels(Panels(l, rows)).total; }
-size_t ScratchBytes(const Layout& l, int64_t rows) { return ListScratchBytes(l, rows, false); }
+size_t ScratchBytes(const Layout& l, int64_t rows) { return ListScratchBytes(l, rows); }
 
 void Pack(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
   const Panels p(l, rows);
@@ -116,7 +116,6 @@ inline void StoreOffsets(uint64_t columns, int64_t base, int64_t stride, uint16_
 template <int dtype>
 class KeptWeights {
  public:
-  static constexpr bool kOutliersOnly = false;
   explicit KeptWeights(const Layout& l) : layout_(l), reader_(l), half_(2 * l.n == l.m && l.m <= 16) {}
 
   void SetChunk(int64_t output, int64_t chunk) {
@@ -199,7 +198,7 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   const float* panels = reinterpret_cast<const float*>(base + at.panels);
   for (int64_t tile = first; tile < last; tile += kTile) {
     PanelProduct<KeptWeights<dtype>>(l, rows, panels, tile, Min(kTile, last - tile), scratch)
-        .Run(starts, false, y + tile - first, y_stride);
+        .Run(starts, y + tile - first, y_stride);
   }
 }
 

@@ -89,7 +89,7 @@ void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int
   const PackedRows p = PlanRows(l, rows);
   uint8_t* base = static_cast<uint8_t*>(packed);
   const bool planes = UsesPlanes(l);
-  PackOutlierActivations(l, a, rows, reinterpret_cast<float*>(base + p.outliers));
+  PackOutlierActivations(l, a, first, count, rows, reinterpret_cast<float*>(base + p.outliers));
   for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
     if (!planes && !UsesOrder(l)) {
       PackNatural(l, a, reinterpret_cast<float*>(base + p.natural) + row * NaturalColumns(l));
@@ -452,7 +452,7 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
                      UsesWords(l) && !l.bitmap ? GetFieldTable(l.n, l.m).masks : nullptr};
   const float* outliers = reinterpret_cast<const float*>(call.packed + call.plan.outliers);
   for (int64_t end; first < last; y += end - first, first = end) {
-    end = Min(first + kOutlierTile, last);
+    end = Min(first + kFewOutlierOutputs, last);
     for (int64_t output = first; output < end; ++output) {
       PrefetchOutliers(l, output);
       output_kernel(call, output, y + output - first, y_stride);

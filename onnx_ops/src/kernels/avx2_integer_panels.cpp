@@ -2,23 +2,14 @@
 // outputs and 128 columns are unpacked once for all rows. Where half of 16 columns are kept, one vpshufb picks from a
 // row's sixteen bytes the eight that meet the weights of one output and the eight that meet those of the next: half the
 // multiplications of a dense product.
-#include "avx2_panels.h"
+#include "avx2_integer_units.h"
+#include "avx2_outliers.h"
 
 namespace nm {
 namespace {
 
-constexpr int64_t kStepColumns = 128;                   // unpacked at a time
-constexpr int64_t kStepBlocks = kStepColumns / kBlock;  // vectors of a row in them
-constexpr int64_t kMostPairs = 8;                       // of activation rows in a tile
-constexpr int64_t kUnitTile = 32;                       // units unpacked at a time
-
-bool PicksColumns(const Layout& l) { return 2 * l.n == l.m && l.m <= 16; }
-
-// Columns of one scale of activations: a divisor of a step, and of what a weight's scale covers.
-int64_t ScaleColumns(const Layout& l) {
-  if (l.row_scales == 1 || l.scale_columns % 128 == 0) return 128;
-  return l.scale_columns % 64 == 0 ? 64 : 32;
-}
+constexpr int64_t kMostPairs = 8;  // of activation rows in a tile
+constexpr int64_t kUnitTile = 32;  // units unpacked at a time
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Packed activations.
@@ -33,7 +24,7 @@ struct PackedTiles {
   int64_t blocks_per_scale;  // of 16 columns
   size_t bytes;              // [step][tile][16 columns][pair][row][column]: the tiles of a step lie together
   size_t scales;             // float[step][tile][scale][pair][row][4]
-  size_t panels;             // of floats, for the outliers
+  size_t outliers;           // float32, for those
   size_t total;
 
   PackedTiles(const Layout& l, int64_t rows) {
@@ -47,8 +38,8 @@ struct PackedTiles {
     blocks_per_scale = scale_columns / kBlock;
     bytes = 0;
     scales = static_cast<size_t>(steps * tiles * TileBytes());
-    panels = scales + static_cast<size_t>(steps * tiles * TileScales()) * sizeof(float);
-    total = panels + (l.row_outliers > 0 ? static_cast<size_t>(Panels(l, rows).floats()) * sizeof(float) : 0);
+    outliers = scales + static_cast<size_t>(steps * tiles * TileScales()) * sizeof(float);
+    total = outliers + static_cast<size_t>(OutlierActivationBytes(l, rows));
   }
   int64_t BlockBytes() const { return pairs * 32; }
   int64_t TileBytes() const { return kStepBlocks * BlockBytes(); }  // of a step
@@ -110,155 +101,10 @@ void Pack(const Layout& l, const float* a, int64_t first, int64_t count, int64_t
       }
     }
   }
-  if (l.row_outliers > 0) {
-    PackPanels(l, Panels(l, rows), a, first, count, reinterpret_cast<float*>(base + p.panels));
-  }
+  PackOutlierActivations(l, a, first, count, rows, reinterpret_cast<float*>(base + p.outliers));
 }
 
 size_t PackedBytes(const Layout& l, int64_t rows) { return PackedTiles(l, rows).total; }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Unpacked weights.
-
-// One step of one output, or of two where columns are picked: the lower half of each vector is the first's.
-struct Unit {
-  uint8_t controls[kStepBlocks][16];  // which columns are picked
-  uint8_t weights[kStepBlocks][16];   // int4: signed; int8: magnitudes
-  uint8_t signs[kStepBlocks][16];     // int8: all bits of the bytes of negative weights
-  uint8_t starts[4][16];              // of the sums under each scale, 16 bits wide for int4, else 32
-  float scales[4][4];
-};
-
-// Unpacks the weights of one step of columns at a time.
-class Unpacker {
- public:
-  explicit Unpacker(const Layout& l) : layout_(l), reader_(l), scale_columns_(ScaleColumns(l)) {}
-
-  // The columns that the next calls unpack.
-  void SetStep(int64_t step) {
-    first_block_ = step * kStepBlocks;
-    first_value_ = step * kStepColumns / layout_.m * layout_.n;
-    values_ = Min(kStepColumns / layout_.m * layout_.n, layout_.row_values - first_value_);
-    blocks_ = Min(kStepBlocks, Blocks(layout_) - first_block_);
-    for (int64_t i = 0; i * scale_columns_ < kStepColumns; ++i) {
-      const int64_t column = step * kStepColumns + i * scale_columns_;
-      groups_[i] = Min(column / layout_.scale_columns, layout_.row_scales - 1);
-    }
-  }
-
-  // Two neighbouring outputs, or the same one twice.
-  void Pick(int64_t first, int64_t second, Unit* to) const {
-    alignas(32) uint64_t columns[2][kStepBlocks];
-    if (blocks_ < kStepBlocks) memset(columns, 0, sizeof(columns));
-    alignas(32) uint8_t values[2][kUnpacked];
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t output = half == 0 ? first : second;
-      reader_.Columns(output, first_block_, RoundUp(blocks_, 4), columns[half]);
-      Values(output, values[half]);
-    }
-    const auto join = [](const void* low, const void* high, void* both) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < kStepBlocks / 2; ++i) {
-        const __m128i a = Load128(static_cast<const uint8_t*>(low) + 16 * i);
-        const __m128i b = Load128(static_cast<const uint8_t*>(high) + 16 * i);
-        _mm_storeu_si128(static_cast<__m128i*>(both) + 2 * i, _mm_unpacklo_epi64(a, b));
-        _mm_storeu_si128(static_cast<__m128i*>(both) + 2 * i + 1, _mm_unpackhi_epi64(a, b));
-      }
-    };
-    join(columns[0], columns[1], to->controls);
-    join(values[0], values[1], to->weights);
-    for (int64_t i = 0; i * scale_columns_ < kStepColumns; ++i) {
-      const float a = Scale(first, i), b = Scale(second, i);
-      _mm_storeu_ps(to->scales[i], _mm_setr_ps(a, a, b, b));
-    }
-    Finish(to);
-  }
-
-  // One output, with zeros between the kept weights; masks of the step's blocks of 16 columns.
-  void Spread(int64_t output, const uint16_t* masks, Unit* to) const {
-    alignas(32) uint8_t values[kUnpacked];
-    Values(output, values);
-    if (layout_.dense) {
-      memcpy(to->weights, values, kStepColumns);
-    } else {
-      int64_t at = 0;
-      for (int64_t i = 0; i < kStepBlocks; ++i) {
-        const __m128i spread = _mm_shuffle_epi8(Load128(values + at), RanksOfMask(masks[i]));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to->weights[i]), spread);
-        at = Min(at + __builtin_popcount(masks[i]), kStepColumns);
-      }
-    }
-    for (int64_t i = 0; i * scale_columns_ < kStepColumns; ++i) {
-      _mm_storeu_ps(to->scales[i], _mm_set1_ps(Scale(output, i)));
-    }
-    Finish(to);
-  }
-
- private:
-  static constexpr int64_t kUnpacked = kStepColumns + 32;
-
-  // Signed weights of the step; zeros behind the last, up to a whole step and 16 more.
-  void Values(int64_t output, uint8_t* weights) const {
-    const uint8_t* row = layout_.values + output * layout_.value_bytes;
-    const __m256i zero = _mm256_set1_epi8(static_cast<char>(layout_.dtype == NM_INT8 ? 128 : 8));
-    alignas(32) uint8_t stored[kStepColumns + 2 * kInt4Chunk];
-    const uint8_t* from = stored;
-    if (layout_.dtype == NM_INT4) {
-      const int64_t chunk = first_value_ / kInt4Chunk;
-      const int64_t skipped = first_value_ % kInt4Chunk;
-      for (int64_t i = 0; i < skipped + values_; i += kInt4Chunk) {
-        UnpackInt4(layout_, row, chunk + i / kInt4Chunk, stored + i);
-      }
-      from += skipped;
-    } else if (values_ % 32 == 0) {
-      from = row + first_value_;
-    } else {
-      memcpy(stored, row + first_value_, static_cast<size_t>(values_));
-    }
-    for (int64_t i = 0; i < values_; i += 32) Store256(weights + i, _mm256_sub_epi8(Load256(from + i), zero));
-    if (values_ % 32 != 0 || !PicksColumns(layout_)) {
-      memset(weights + values_, 0, static_cast<size_t>(kUnpacked - values_));
-    } else {
-      for (int64_t i = values_; i < kStepColumns / 2; i += 32) Store256(weights + i, _mm256_setzero_si256());
-    }
-  }
-
-  float Scale(int64_t output, int64_t i) const {
-    uint16_t half;
-    memcpy(&half, layout_.scales + 2 * (output * layout_.row_scales + groups_[i]), sizeof(half));
-    return _cvtsh_ss(half);
-  }
-
-  // What the tricks of MultiplyTile add to the sums, taken back at the start.
-  void Finish(Unit* to) const {
-    const int64_t blocks = scale_columns_ / kBlock;
-    for (int64_t i = 0; i * blocks < kStepBlocks; ++i) {
-      __m128i start = _mm_setzero_si128();
-      for (int64_t j = i * blocks; j < (i + 1) * blocks; ++j) {
-        const __m128i weights = Load128(to->weights[j]);
-        if (layout_.dtype == NM_INT4) {
-          start = _mm_sub_epi16(start, _mm_maddubs_epi16(_mm_set1_epi8(-128), weights));
-          continue;
-        }
-        const __m128i signs = _mm_cmpgt_epi8(_mm_setzero_si128(), weights);
-        const __m128i magnitudes = _mm_abs_epi8(weights);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to->signs[j]), signs);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to->weights[j]), magnitudes);
-        const __m128i pairs = _mm_maddubs_epi16(magnitudes, signs);
-        start = _mm_sub_epi32(start, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
-      }
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to->starts[i]), start);
-    }
-  }
-
-  const Layout& layout_;
-  const PositionReader reader_;
-  const int64_t scale_columns_;
-  int64_t first_block_ = 0;
-  int64_t first_value_ = 0;
-  int64_t values_ = 0;
-  int64_t blocks_ = 0;      // of 16 columns
-  int64_t groups_[4] = {};  // the weight's scale for each scale of activations
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The micro-kernel: P pairs of rows times one unit.
@@ -330,21 +176,6 @@ constexpr int64_t kTilesHeld = 32;  // whose sums lie in scratch at a time
 constexpr int64_t kStepsHeld = 4;   // unpacked at a time: longer runs of each output's bytes
 constexpr int64_t kTilesNear = 8;   // whose activations of a step stay in the first-level cache
 
-// The float32 part of a row, for PanelProduct.
-class OutlierWeights {
- public:
-  static constexpr bool kOutliersOnly = true;
-  explicit OutlierWeights(const Layout& l) : layout_(l) {}
-  void SetChunk(int64_t output, int64_t) { output_ = output; }
-  void Append(int64_t begin, int64_t end, int64_t stride, int64_t* cursor, WeightList* list) const {
-    AppendOutliers(layout_, output_, begin, end, stride, cursor, list);
-  }
-
- private:
-  const Layout& layout_;
-  int64_t output_ = 0;
-};
-
 struct IntegerScratch {
   size_t units;  // Unit[kStepsHeld][kUnitTile]
   size_t sums;   // float[unit][tile][pair][8]
@@ -357,11 +188,7 @@ struct IntegerScratch {
   }
 };
 
-size_t ScratchBytes(const Layout& l, int64_t rows) {
-  const size_t tiles = IntegerScratch(PackedTiles(l, rows)).total;
-  const size_t lists = l.row_outliers > 0 ? ListScratchBytes(l, rows, true) : 0;
-  return tiles > lists ? tiles : lists;
-}
+size_t ScratchBytes(const Layout& l, int64_t rows) { return IntegerScratch(PackedTiles(l, rows)).total; }
 
 // Outputs that four vectors of sums at `sums` and every `stride` stand for, of two rows.
 template <bool kPicked>
@@ -386,7 +213,7 @@ class IntegerTiles {
       : layout_(l),
         plan_(l, rows),
         reader_(l),
-        unpackers_{Unpacker(l), Unpacker(l), Unpacker(l), Unpacker(l)},
+        unpackers_{Unpacker<dtype>(l), Unpacker<dtype>(l), Unpacker<dtype>(l), Unpacker<dtype>(l)},
         rows_(rows),
         packed_(static_cast<const uint8_t*>(packed)) {
     uint8_t* memory = static_cast<uint8_t*>(scratch);
@@ -468,7 +295,7 @@ class IntegerTiles {
   const Layout& layout_;
   const PackedTiles plan_;
   const PositionReader reader_;
-  Unpacker unpackers_[kStepsHeld];
+  Unpacker<dtype> unpackers_[kStepsHeld];
   const int64_t rows_;
   const uint8_t* packed_;
   Unit* units_;
@@ -488,14 +315,13 @@ void RunTiles(const Layout& l, int64_t rows, const void* packed, int64_t first, 
 template <int dtype>
 void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
          int64_t y_stride) {
-  const auto run = PicksColumns(l) ? RunTiles<true, dtype> : RunTiles<false, dtype>;
+  const auto run = IsHalf(l) ? RunTiles<true, dtype> : RunTiles<false, dtype>;
   run(l, rows, packed, first, last, scratch, y, y_stride);
   if (l.row_outliers == 0) return;
-  const uint8_t* panels = static_cast<const uint8_t*>(packed) + PackedTiles(l, rows).panels;
-  for (int64_t tile = first; tile < last; tile += kTile) {
-    PanelProduct<OutlierWeights>(l, rows, reinterpret_cast<const float*>(panels), tile, Min(kTile, last - tile),
-                                 scratch)
-        .Run(nullptr, true, y + tile - first, y_stride);
+  const uint8_t* outliers = static_cast<const uint8_t*>(packed) + PackedTiles(l, rows).outliers;
+  for (int64_t end; first < last; y += end - first, first = end) {
+    end = Min(first + kMostOutlierOutputs, last);
+    AddOutliers(l, rows, reinterpret_cast<const float*>(outliers), first, end, y, y_stride);
   }
 }
 

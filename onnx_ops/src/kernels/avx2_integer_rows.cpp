@@ -70,7 +70,7 @@ void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int
   const PackedRows p = PlanRows(l, rows);
   uint8_t* base = static_cast<uint8_t*>(packed);
   const int64_t unit = UnitColumns(l);
-  PackOutlierActivations(l, a, rows, reinterpret_cast<float*>(base + p.outliers));
+  PackOutlierActivations(l, a, first, count, rows, reinterpret_cast<float*>(base + p.outliers));
   for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
     uint8_t* bytes = base + p.bytes + row * PaddedColumns(l);
     float* scales = reinterpret_cast<float*>(base + p.scales) + row * PaddedUnits(l);
@@ -343,7 +343,7 @@ class Outputs {
   void Run(int64_t first, int64_t last, float* y, int64_t y_stride) {
     const float* outliers = reinterpret_cast<const float*>(packed_ + plan_.outliers);
     for (int64_t end; first < last; y += end - first, first = end) {
-      end = Min(first + kOutlierTile, last);
+      end = Min(first + kFewOutlierOutputs, last);
       for (int64_t output = first; output < end; ++output) OneOutput(output, y + output - first, y_stride);
       if (l_.row_outliers > 0) AddOutliers(l_, rows_, outliers, first, end, y, y_stride);
     }

@@ -1,37 +1,45 @@
-// Outliers for few activation rows: y[o] += Σ values[i] · a[column of i], a tile of output rows at a time.
+// Outliers: y[o] += Σ values[i] · a[column of i], a tile of output rows at a time.
 //
 // One activation row lies in order and is looked up float by float (a gather takes twice as long on Zen 3). More lie
-// side by side, column after column: an outlier is then one broadcast times the rows in the lanes of a vector. Either
-// way the activations of a run of blocks stay in the first-level cache while all output rows of the tile use them.
+// side by side in groups of 8 or 16, column after column: an outlier is then one broadcast times the rows in the lanes
+// of a vector or two. Either way the activations of a run of blocks stay in the first-level cache while all output rows
+// of the tile use them.
 #ifndef NM_KERNELS_AVX2_OUTLIERS_H_
 #define NM_KERNELS_AVX2_OUTLIERS_H_
 
 #include "avx2_expand.h"
+#include "kernels.h"
 
 namespace nm {
 namespace {
 
-constexpr int64_t kOutlierTile = 32;       // output rows
-constexpr int64_t kOutlierRun = 16 << 10;  // bytes of activations
+constexpr int64_t kFewOutlierOutputs = 32;    // of a tile, where fetching its outliers is what takes time
+constexpr int64_t kMostOutlierOutputs = 128;  // where fetching the activations is
+constexpr int64_t kOutlierRun = 16 << 10;     // bytes of activations
 constexpr int64_t kMostOutlierLanes = 16;
+static_assert(kMostOutlierLanes == kRowBlock, "a call of Kernel::pack fills a group");
 
+// Rows of a group.
 inline int64_t OutlierLanes(int64_t rows) { return rows == 1 ? 1 : rows <= 8 ? 8 : kMostOutlierLanes; }
 
 // Zeros follow the last column, for positions of the last block may say anything.
 inline int64_t OutlierColumns(const Layout& l) { return l.in_features + kLargestOutlierBlock; }
 inline int64_t OutlierActivationBytes(const Layout& l, int64_t rows) {
-  return l.row_outliers > 0 ? OutlierColumns(l) * OutlierLanes(rows) * 4 : 0;
+  const int64_t lanes = OutlierLanes(rows);
+  return l.row_outliers > 0 ? RoundUp(rows, lanes) * OutlierColumns(l) * 4 : 0;
 }
 
-// From a[rows, in_features], all rows at once.
-inline void PackOutlierActivations(const Layout& l, const float* a, int64_t rows, float* packed) {
+// The group that begins with row `first` of `rows`, from a[count, in_features].
+inline void PackOutlierActivations(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows,
+                                   float* packed) {
   if (l.row_outliers == 0) return;
   const int64_t lanes = OutlierLanes(rows);
-  memset(packed, 0, static_cast<size_t>(OutlierActivationBytes(l, rows)));
-  for (int64_t first = 0; first < l.in_features; first += kStep) {
-    const int64_t last = Min(first + kStep, l.in_features);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = first; column < last; ++column) {
+  packed += first * OutlierColumns(l);
+  memset(packed, 0, static_cast<size_t>(OutlierColumns(l) * lanes) * sizeof(float));
+  for (int64_t begin = 0; begin < l.in_features; begin += kStep) {
+    const int64_t end = Min(begin + kStep, l.in_features);
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t column = begin; column < end; ++column) {
         packed[column * lanes + row] = a[row * l.in_features + column];
       }
     }
@@ -137,14 +145,14 @@ void RunOfLanes(const Layout& l, const uint8_t* values, const uint8_t* positions
   for (int v = 0; v < vectors; ++v) _mm256_store_ps(sums + 8 * v, _mm256_add_ps(even[v], odd[v]));
 }
 
-// Adds the outliers of output rows first … last-1, at most kOutlierTile of them, times all activation rows.
+// Output rows first … last-1, at most kMostOutlierOutputs of them, times one group of activation rows.
 template <class Type>
-void AddOutlierTile(const Layout& l, int64_t rows, const float* a, int64_t first, int64_t last, float* y,
-                    int64_t y_stride) {
-  const int64_t lanes = OutlierLanes(rows);
-  alignas(32) float sums[kOutlierTile * kMostOutlierLanes];
+void AddOutlierGroup(const Layout& l, int64_t lanes, int64_t rows, const float* a, int64_t first, int64_t last,
+                     float* y, int64_t y_stride) {
+  alignas(32) float sums[kMostOutlierOutputs * kMostOutlierLanes];
   memset(sums, 0, static_cast<size_t>((last - first) * lanes) * sizeof(float));
-  const int64_t blocks = kOutlierRun / (lanes * 4 * l.outlier_block) + 1;
+  const int64_t block_bytes = lanes * 4 * l.outlier_block;
+  const int64_t blocks = block_bytes < kOutlierRun ? kOutlierRun / block_bytes : 1;
   for (int64_t run = 0; run < l.row_outliers; run += blocks * l.outlier_k, a += blocks * l.outlier_block * lanes) {
     const int64_t count = Min(blocks * l.outlier_k, l.row_outliers - run);
     for (int64_t output = first; output < last; ++output) {
@@ -161,10 +169,14 @@ void AddOutlierTile(const Layout& l, int64_t rows, const float* a, int64_t first
   }
 }
 
+// Adds the outliers of output rows first … last-1, at most kMostOutlierOutputs of them, times all activation rows.
 inline void AddOutliers(const Layout& l, int64_t rows, const float* a, int64_t first, int64_t last, float* y,
                         int64_t y_stride) {
-  const auto add = l.outlier_dtype == NM_FLOAT16 ? AddOutlierTile<Float16> : AddOutlierTile<Float32>;
-  add(l, rows, a, first, last, y, y_stride);
+  const int64_t lanes = OutlierLanes(rows);
+  const auto add = l.outlier_dtype == NM_FLOAT16 ? AddOutlierGroup<Float16> : AddOutlierGroup<Float32>;
+  for (int64_t row = 0; row < rows; row += lanes, a += lanes * OutlierColumns(l), y += lanes * y_stride) {
+    add(l, lanes, Min(lanes, rows - row), a, first, last, y, y_stride);
+  }
 }
 
 }  // namespace

@@ -9,7 +9,6 @@
 namespace nm {
 namespace {
 
-constexpr int64_t kLanes = 8;         // rows of one vector
 constexpr int64_t kMostVectors = 8;   // of a panel
 constexpr int64_t kOffsetBytes = 8;   // an index register's largest scale
 constexpr int64_t kChunk = 768;       // columns whose weights are decoded at a time
@@ -24,14 +23,14 @@ struct Panels {
   int64_t columns;  // padded with zeros to whole slices
   int64_t slice;    // columns that are multiplied at a time
 
-  Panels(const Layout& l, int64_t rows, bool outliers_only = false) {
+  Panels(const Layout& l, int64_t rows) {
     const int64_t all = (rows + kLanes - 1) / kLanes;
     const int64_t least = (all + kMostVectors - 1) / kMostVectors;
     vectors = (all + least - 1) / least;
     count = (all + vectors - 1) / vectors;
     last_vectors = all - (count - 1) * vectors;
     columns = RoundUp(l.in_features, kWideSlice);
-    slice = vectors > 4 && !outliers_only ? kNarrowSlice : kWideSlice;  // a list of outliers is short
+    slice = vectors > 4 ? kNarrowSlice : kWideSlice;
   }
   int64_t width() const { return vectors * kLanes; }
   int64_t VectorsOf(int64_t panel) const { return panel == count - 1 ? last_vectors : vectors; }
@@ -58,12 +57,6 @@ inline void Transpose(__m256 (&v)[8]) {
     v[i] = _mm256_permute2f128_ps(quads[i], quads[4 + i], 0x20);
     v[4 + i] = _mm256_permute2f128_ps(quads[i], quads[4 + i], 0x31);
   }
-}
-
-// The first `count` lanes.
-inline __m256i LaneMask(int64_t count) {
-  const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(Min(count, kLanes))), lanes);
 }
 
 // Packs `count` rows of a[count, in_features], from row `first` of all, a multiple of 8, into panels.
@@ -202,9 +195,8 @@ inline void StoreFloats(__m256 eight, int64_t count, float* to) {
   memcpy(to, lanes, static_cast<size_t>(count) * sizeof(float));
 }
 
-// y[row, output] = sums[panel][output][row], added to what is there where `add`.
-inline void StoreSums(const Panels& p, int64_t rows, int64_t outputs, const float* sums, bool add, float* y,
-                      int64_t y_stride) {
+// y[row, output] = sums[panel][output][row].
+inline void StoreSums(const Panels& p, int64_t rows, int64_t outputs, const float* sums, float* y, int64_t y_stride) {
   for (int64_t first = 0; first < rows; first += kLanes) {
     const int64_t vector = first / kLanes;
     const float* from = sums + vector / p.vectors * p.width() * outputs + vector % p.vectors * kLanes;
@@ -215,10 +207,8 @@ inline void StoreSums(const Panels& p, int64_t rows, int64_t outputs, const floa
         block[i] = output + i < outputs ? _mm256_load_ps(from + (output + i) * p.width()) : _mm256_setzero_ps();
       }
       Transpose(block);
-      const __m256i inside = LaneMask(outputs - output);
       for (int64_t i = 0; i < Min(kLanes, rows - first); ++i) {
         float* to = y + (first + i) * y_stride + output;
-        if (add) block[i] = _mm256_add_ps(block[i], _mm256_maskload_ps(to, inside));
         StoreFloats(block[i], outputs - output, to);
       }
     }
@@ -258,8 +248,8 @@ struct ListScratch {
   }
 };
 
-inline size_t ListScratchBytes(const Layout& l, int64_t rows, bool outliers_only) {
-  return ListScratch(l, Panels(l, rows, outliers_only), Min(kTile, l.out_features)).total;
+inline size_t ListScratchBytes(const Layout& l, int64_t rows) {
+  return ListScratch(l, Panels(l, rows), Min(kTile, l.out_features)).total;
 }
 
 // All activation rows times a tile of output rows, from `first` on. Lists gives the weights: SetChunk(output, chunk),
@@ -269,7 +259,7 @@ class PanelProduct {
  public:
   PanelProduct(const Layout& l, int64_t rows, const float* activations, int64_t first, int64_t outputs, void* scratch)
       : layout_(l),
-        panels_(l, rows, Lists::kOutliersOnly),
+        panels_(l, rows),
         plan_(l, panels_, outputs),
         lists_(l),
         rows_(rows),
@@ -285,13 +275,13 @@ class PanelProduct {
   }
 
   // starts: what each row's sums begin with, or null for zeros; add: to what is in y.
-  void Run(const float* starts, bool add, float* y, int64_t y_stride) {
+  void Run(const float* starts, float* y, int64_t y_stride) {
     StartSums(starts);
     for (int64_t chunk = 0; chunk * kChunk < panels_.columns; ++chunk) {
       for (int64_t output = 0; output < outputs_; ++output) MakeLists(output, chunk);
       for (int64_t panel = 0; panel < panels_.count; ++panel) MultiplyChunk(panel, chunk);
     }
-    StoreSums(panels_, rows_, outputs_, sums_, add, y, y_stride);
+    StoreSums(panels_, rows_, outputs_, sums_, y, y_stride);
   }
 
  private:
@@ -304,12 +294,7 @@ class PanelProduct {
     const size_t row_bytes = static_cast<size_t>(panels_.width()) * sizeof(float);
     for (int64_t panel = 0; panel < panels_.count; ++panel) {
       for (int64_t output = 0; output < outputs_; ++output) {
-        float* sums = sums_ + (panel * outputs_ + output) * panels_.width();
-        if (starts == nullptr) {
-          memset(sums, 0, row_bytes);
-        } else {
-          memcpy(sums, starts + panel * panels_.width(), row_bytes);
-        }
+        memcpy(sums_ + (panel * outputs_ + output) * panels_.width(), starts + panel * panels_.width(), row_bytes);
       }
     }
   }
