@@ -294,7 +294,12 @@ class PanelProduct {
     const size_t row_bytes = static_cast<size_t>(panels_.width()) * sizeof(float);
     for (int64_t panel = 0; panel < panels_.count; ++panel) {
       for (int64_t output = 0; output < outputs_; ++output) {
-        memcpy(sums_ + (panel * outputs_ + output) * panels_.width(), starts + panel * panels_.width(), row_bytes);
+        float* sums = sums_ + (panel * outputs_ + output) * panels_.width();
+        if (starts == nullptr) {
+          memset(sums, 0, row_bytes);
+        } else {
+          memcpy(sums, starts + panel * panels_.width(), row_bytes);
+        }
       }
     }
   }
