@@ -7,6 +7,7 @@ the last token only, as generation needs them, and every-token.onnx on the same 
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ Build = Callable[[str, Path, Path], None]  # shape, dense folder, folder to make
 def dense_model(shape: str, folder: Path) -> None:
     """SmolLM2, or random weights in a given shape, as a Hugging Face folder of float16 weights."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     source, file = demo_data().smollm2()
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder, legacy_format=False)
@@ -44,10 +45,8 @@ def dense_model(shape: str, folder: Path) -> None:
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
             tie_word_embeddings=True,
-            dtype=torch.float16,
         )
-        torch.set_default_dtype(torch.float16)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     model.save_pretrained(folder)
 
 
@@ -83,8 +82,20 @@ def packed(weight_dtype: str, outliers: str | None = None) -> Build:
 
 def dense_float32(shape: str, dense: Path, folder: Path) -> None:
     """mobius's own graph and weights."""
-    command = [sys.executable, "-m", "mobius", "build", "--config", str(dense), "--ep", "cpu", "--dtype", "f32"]
-    subprocess.run([*command, "--runtime", "ort-genai", str(folder)], check=True, stdout=sys.stderr)
+    import onnx
+    import onnx_ir
+
+    from optimum_nm.onnx.fused import dense_fused_graph
+    from optimum_nm.onnx.genai import CONFIG_FILE, genai_config
+
+    folder.mkdir()
+    for file in dense.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copyfile(file, folder / file.name)
+    onnx_ir.save(dense_fused_graph(dense), folder / "model.onnx", external_data="model.onnx.data")
+    config = genai_config(folder, onnx.load(folder / "model.onnx", load_external_data=False).graph, library="")
+    del config["model"]["decoder"]["session_options"]["custom_ops_library"]
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     _cut_to_last_token(folder)
 
 
