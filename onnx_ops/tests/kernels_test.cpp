@@ -155,6 +155,13 @@ void TestEveryTail(std::mt19937& random) {
       Shape s = {in_features, 2, 8, 16, dtype, static_cast<int>(in_features % 2), 128, 0, 0, 0};
       CheckShape(s, 1 + in_features % 3, false, random);
     }
+    for (int64_t in_features = 121; in_features <= 160; ++in_features) {  // blocks that narrow groups leave incomplete
+      for (int m : {4, 8}) {
+        for (int positions : {NM_CODES, NM_BITMAP}) {
+          CheckShape({in_features, 3, m / 2, m, dtype, positions, 128, 0, 0, 0}, 1, false, random);
+        }
+      }
+    }
   }
 }
 

@@ -92,8 +92,8 @@ class MaskReader {
     if (!l.dense && !l.bitmap && l.m != 32) table_ = GetFieldTable(l.n, l.m);
   }
 
-  // Blocks first … first+count-1, count at most kMaskRun, first a multiple of it. Columns past the last group are
-  // clear; masks has room for kMaskRun.
+  // Blocks first … first+count-1, count at most kMaskRun, first a multiple of it. Columns past the last group may be
+  // set; masks has room for kMaskRun.
   void Read(int64_t output, int64_t first, int64_t count, uint16_t* masks) const {
     const Layout& l = layout_;
     const uint8_t* row = l.positions + output * l.position_bytes;
@@ -105,8 +105,6 @@ class MaskReader {
     } else {
       FieldMasks(row, first, count, masks);
     }
-    const int64_t past = (first + count) * kBlock - l.groups * l.m;  // below 16: some groups of 4 or 8 columns
-    if (past > 0) masks[count - 1] &= static_cast<uint16_t>(0xffff >> past);
   }
 
  private:

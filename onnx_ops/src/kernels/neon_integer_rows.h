@@ -236,19 +236,18 @@ class Outputs {
   const bool half_;
   const uint32_t* table_;
   int64_t turns_ = 0;  // of the present output row
-  alignas(16) uint8_t tail_positions_[kTurnPositions];
+  alignas(16) uint8_t tail_indices_[StoredTurns::kBytes];
   alignas(16) uint8_t tail_values_[kTurn];
 
   // Turns of an output row that are read where they are. int8 goes on into the next row, if there is one, times
-  // activations that are zero; int4 cannot, for the last chunk of a row is laid out by its own length.
+  // activations that are zero; int4 cannot, for the last chunk of a row is laid out by its own length. Where there are
+  // values enough, there are positions enough.
   int64_t TurnsInPlace(int64_t output) const {
     const int64_t complete = l_.in_features / kTurn;
     if (l_.dtype != NM_INT8 || (!l_.dense && l_.in_features % kBlock != 0)) return complete;
     const int64_t turns = columns_ / kTurn;
     const int64_t rows_left = l_.out_features - output;
-    if (turns * (l_.dense ? kTurn : kTurn / 2) > rows_left * l_.value_bytes) return complete;
-    if (!l_.dense && turns * Turns::kBytes > rows_left * l_.position_bytes) return complete;
-    return turns;
+    return turns * (l_.dense ? kTurn : kTurn / 2) > rows_left * l_.value_bytes ? complete : turns;
   }
 
   const uint8_t* Positions(int64_t output) const { return l_.positions + output * l_.position_bytes; }
@@ -259,7 +258,10 @@ class Outputs {
     if (column >= l_.in_features || (!l_.dense && !half_)) return;
     memset(tail_values_, 0, sizeof(tail_values_));
     UnpackSigned(l_, l_.values + output * l_.value_bytes, l_.dense ? column : column / 2, l_.row_values, tail_values_);
-    if (!l_.dense) CopyTailPositions(l_, output, turns_ * Turns::kBytes, column, tail_positions_);
+    if (l_.dense) return;
+    uint8_t positions[kTurnPositions];
+    CopyTailPositions(l_, output, turns_ * Turns::kBytes, column, positions);
+    StoreTurns<Turns>(positions, 1, table_, tail_indices_);
   }
 
   // R activation rows from `row` on, and weight scales times theirs.
@@ -296,7 +298,7 @@ class Outputs {
     if (l_.dense) {
       RunTurns<Dot, DenseTurns, Signed, unit>(nullptr, nullptr, tail_values_, 1, rows);
     } else {
-      RunTurns<Dot, Turns, Signed, unit>(tail_positions_, table_, tail_values_, 1, rows);
+      RunTurns<Dot, StoredTurns, Signed, unit>(tail_indices_, nullptr, tail_values_, 1, rows);
     }
   }
 };

@@ -87,7 +87,7 @@ struct MaskTurns {
   }
 };
 
-// From a buffer that one of the others filled, for more than four activation rows.
+// From a buffer that one of the others filled, for the end of a row and for more than four activation rows.
 struct StoredTurns {
   static constexpr int kBytes = sizeof(Indices);
   static NM_PIECE void Load(const uint8_t* p, const uint32_t*, Indices& indices) {
