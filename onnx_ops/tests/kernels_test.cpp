@@ -149,16 +149,20 @@ Shape RandomShape(std::mt19937& random, int64_t in_features) {
   return s;
 }
 
+// Numbers of rows, formats and scale groups take turns, so that they meet in every combination.
 void TestEveryTail(std::mt19937& random) {
   for (int dtype = 0; dtype < 5; ++dtype) {
     for (int64_t in_features = 1; in_features <= 330; ++in_features) {
-      Shape s = {in_features, 2, 8, 16, dtype, static_cast<int>(in_features % 2), 128, 0, 0, 0};
-      CheckShape(s, 1 + in_features % 3, false, random);
+      const int positions = static_cast<int>(in_features % 2);
+      const int64_t group_size = in_features % 3 == 0 ? 32 : 128;
+      CheckShape({in_features, 2, 8, 16, dtype, positions, group_size, 0, 0, 0}, 1 + in_features % 7, false, random);
     }
-    for (int64_t in_features = 121; in_features <= 160; ++in_features) {  // blocks that narrow groups leave incomplete
-      for (int m : {4, 8}) {
+    for (int64_t in_features = 121; in_features <= 160; ++in_features) {
+      const int64_t group_size = in_features % 3 == 0 ? 32 : 128;
+      for (int m : {4, 8, 16}) {  // groups that may leave a block of 16 incomplete, and dense ones
         for (int positions : {NM_CODES, NM_BITMAP}) {
-          CheckShape({in_features, 3, m / 2, m, dtype, positions, 128, 0, 0, 0}, 1, false, random);
+          const Shape s = {in_features, 3, m == 16 ? 16 : m / 2, m, dtype, positions, group_size, 0, 0, 0};
+          CheckShape(s, 1 + in_features % 7, false, random);
         }
       }
     }
