@@ -18,7 +18,7 @@ _BUDGETS = (3.0, 3.5, 4.0, 4.25, 5.0)
 
 
 def _sparse(pattern: str, outliers: str | None = None, **fields: Any) -> dict[str, Any]:
-    return {"pattern": pattern, "outliers": outliers, "weight_dtype": "float16", **fields}
+    return {"pattern": pattern, "outliers": outliers, "weight_dtype": "float16", "target_bits": None, **fields}
 
 
 def _dense(weight_dtype: str, group_size: int | str = 128, solver: str = "mask") -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 
 def stored_dense(config: NMConfig) -> NMConfig:
     """`config` for a model whose layers hold whatever zeros they have as dense float16."""
-    return replace(config, pattern="16:16", outliers=None, weight_dtype="float16")
+    return replace(config, pattern="16:16", outliers=None, weight_dtype="float16", target_bits=None)
 
 
 def unstructured_solver(config: NMConfig, kind: str) -> LayerSolver:
