@@ -202,6 +202,15 @@ def test_benchmark(cli, exported):
     assert [model["name"] for model in data["models"]] == ["sparse"] and data["settings"]["threads"] == 1
 
 
+def test_benchmark_profile(cli, exported):
+    options = ["--rounds", "1", "--prompt-tokens", "4", "--new-tokens", "2", "--threads", "1"]
+    status, output, _ = cli("benchmark", "--model", exported, *options, "--profile")
+    assert status == 0 and "MatMulNM *" in output
+    status, output, _ = cli("benchmark", "--model", exported, *options, "--profile", "--json")
+    (model,) = json.loads(output)["models"]
+    assert status == 0 and any(operator["ours"] for operator in model["decode"]["operators"])
+
+
 def test_export_to_another_folder(cli, packed, tmp_path):
     status, output, _ = cli("export", "--model", packed, "--output", tmp_path / "out")
     assert status == 0 and output == f"Written to {tmp_path}/out/model.onnx.\n"
