@@ -181,12 +181,14 @@ struct WordTables {
 };
 alignas(64) constexpr WordTables kWordTables;
 
-// The masks of a pair of steps: from two loads, each with the fields of four blocks from its lowest bit on.
+// The masks of a pair of steps: from two loads, each with the fields of four blocks from its lowest bit on. Or of the
+// step that ends a row, after others.
 template <int kBits>
 struct CodeMasks {
   static constexpr int kBytes = kBits;  // of eight fields
   static NM_PIECE uint64_t First(const uint8_t* p) { return Load64(p); }
   static NM_PIECE uint64_t Second(const uint8_t* p) { return Load64(p + kBytes - 8) >> (64 - 4 * kBits); }
+  static NM_PIECE uint64_t Last(const uint8_t* p) { return Load64(p + kBytes / 2 - 8) >> (64 - 4 * kBits); }
   template <int i>
   static NM_PIECE uint32_t Mask(uint64_t fields, const uint16_t* table) {
     return table[__bextr_u64(fields, kBits << 8 | i * kBits)];
@@ -196,6 +198,7 @@ struct StoredMasks {
   static constexpr int kBytes = 16;
   static NM_PIECE uint64_t First(const uint8_t* p) { return Load64(p); }
   static NM_PIECE uint64_t Second(const uint8_t* p) { return Load64(p + 8); }
+  static NM_PIECE uint64_t Last(const uint8_t* p) { return Load64(p); }
   template <int i>
   static NM_PIECE uint32_t Mask(uint64_t fields, const uint16_t*) {
     return static_cast<uint32_t>(fields >> (16 * i) & 0xffff);
@@ -237,7 +240,7 @@ NM_PIECE void WordStep(uint64_t fields, const uint16_t* table, const uint8_t* va
 
 template <class Type, class Masks, int R>
 NM_LOOP void WordPairs(const uint8_t* positions, const uint16_t* table, const uint8_t* values, int64_t pairs,
-                       const float* a, int64_t a_stride, __m256 (&totals)[R][4]) {
+                       bool odd_step, const float* a, int64_t a_stride, __m256 (&totals)[R][4]) {
   __m256 sums[R][4];
   memcpy(sums, totals, sizeof(sums));
   for (; pairs > 0; --pairs, positions += Masks::kBytes, values += kPair, a += kPair) {
@@ -247,6 +250,7 @@ NM_LOOP void WordPairs(const uint8_t* positions, const uint16_t* table, const ui
     WordStep<Type, Masks>(Masks::First(positions), table, values, a, a_stride, sums);
     WordStep<Type, Masks>(Masks::Second(positions), table, values + kStep, a + kStep, a_stride, sums);
   }
+  if (odd_step) WordStep<Type, Masks>(Masks::Last(positions), table, values, a, a_stride, sums);
   memcpy(totals, sums, sizeof(sums));
 }
 
@@ -372,8 +376,10 @@ void WordsOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
   const uint8_t* positions = l.positions + output * l.position_bytes;
   const uint8_t* values = l.values + output * l.value_bytes;
   const int64_t whole = l.in_features / kPair;
+  const bool odd_step = EndsInOddStep(l);
+  const bool copies = !odd_step && whole * kPair < l.in_features;
   uint8_t tail_positions[16], tail_values[kPair];
-  if (whole * kPair < l.in_features) {
+  if (copies) {
     CopyTailPositions(l, output, whole * Masks::kBytes, whole * kPair, tail_positions, sizeof(tail_positions));
     memset(tail_values, 0, sizeof(tail_values));
     memcpy(tail_values, values + whole * kPair, static_cast<size_t>(l.value_bytes - whole * kPair));
@@ -385,10 +391,10 @@ void WordsOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
     for (auto& lanes : sums) {
       for (__m256& lane : lanes) lane = _mm256_setzero_ps();
     }
-    WordPairs<Type, Masks>(positions, c.mask_table, values, whole, c.Ordered(row), stride, sums);
-    if (whole * kPair < l.in_features) {
-      WordPairs<Type, Masks>(tail_positions, c.mask_table, tail_values, 1, c.Ordered(row) + whole * kPair, stride,
-                             sums);
+    WordPairs<Type, Masks>(positions, c.mask_table, values, whole, odd_step, c.Ordered(row), stride, sums);
+    if (copies) {
+      WordPairs<Type, Masks>(tail_positions, c.mask_table, tail_values, 1, false, c.Ordered(row) + whole * kPair,
+                             stride, sums);
     }
     Store(c, row, sums, y, y_stride);
   });

@@ -336,7 +336,7 @@ class Outputs {
         table_(IsHalf(l) && !l.bitmap ? GetColumnTable(l.m) : nullptr),
         expands_(!l.dense && !IsHalf(l)),
         pairs_(l.in_features / kPair),
-        odd_step_(pairs_ > 0 && l.in_features % kPair == kStep),
+        odd_step_(EndsInOddStep(l)),
         in_place_(pairs_ * kPair + (odd_step_ ? kStep : 0)),
         copies_(!expands_ && in_place_ < l.in_features) {}
 

@@ -15,6 +15,9 @@ namespace {
 // Eight of 16 columns are kept in every block.
 inline bool IsHalf(const Layout& l) { return 2 * l.n == l.m && l.m <= 16; }
 
+// Half a pair of steps follows whole ones: it can be read in place.
+inline bool EndsInOddStep(const Layout& l) { return l.in_features > kPair && l.in_features % kPair == kStep; }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Positions of a pair of steps. A vector of indices has the columns of four blocks of 16, eight bytes each; which block
 // goes where is the order: values as they lie in memory, or blocks 0 and 1 in the low halves of the two lanes.
