@@ -77,6 +77,13 @@ inline void ExpandSigned(const Layout& l, const PositionReader& reader, int64_t 
   memset(bytes + Blocks(l) * kBlock, 0, static_cast<size_t>(PaddedColumns(l) - Blocks(l) * kBlock));
 }
 
+// Columns of one scale of int8 activations, and of one integer sum: a divisor of a pair, and of what a scale of the
+// weights covers.
+inline int64_t UnitColumns(const Layout& l) {
+  if (l.row_scales == 1 || l.scale_columns % 128 == 0) return 128;
+  return l.scale_columns % 64 == 0 ? 64 : 32;
+}
+
 inline float ScaleOf(const Layout& l, int64_t output, int64_t index) {
   uint16_t half;
   memcpy(&half, l.scales + 2 * (output * l.row_scales + index), sizeof(half));

@@ -33,7 +33,7 @@ struct PackedTiles {
     pairs = (all_pairs + least - 1) / least;
     tiles = (all_pairs + pairs - 1) / pairs;
     steps = (l.in_features + kStepColumns - 1) / kStepColumns;
-    scale_columns = ScaleColumns(l);
+    scale_columns = UnitColumns(l);
     scales_per_step = kStepColumns / scale_columns;
     blocks_per_scale = scale_columns / kBlock;
     bytes = 0;

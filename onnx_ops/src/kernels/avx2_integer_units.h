@@ -11,12 +11,6 @@ constexpr int64_t kStepColumns = kPair;                 // unpacked at a time
 constexpr int64_t kStepBlocks = kStepColumns / kBlock;  // vectors of a row in them
 constexpr int64_t kStepValues = kStepColumns / 2;       // kept ones, where half are
 
-// Columns of one scale of activations: a divisor of a step, and of what a weight's scale covers.
-inline int64_t ScaleColumns(const Layout& l) {
-  if (l.row_scales == 1 || l.scale_columns % 128 == 0) return 128;
-  return l.scale_columns % 64 == 0 ? 64 : 32;
-}
-
 // One step of one output, or of two where columns are picked: the lower half of each vector is the first's.
 struct alignas(32) Unit {
   uint8_t controls[kStepBlocks][16];  // which columns are picked
@@ -40,7 +34,7 @@ class Unpacker {
         step_positions_(l.bitmap   ? 16
                         : l.m == 4 ? 12
                                    : 14),
-        scale_columns_(ScaleColumns(l)) {}
+        scale_columns_(UnitColumns(l)) {}
 
   // The columns that the next calls unpack.
   void SetStep(int64_t step) {

@@ -1,0 +1,216 @@
+// The innermost loops of the AVX2 kernels for int8 and int4 weights and few activation rows rounded to int8.
+#ifndef NM_KERNELS_AVX2_INTEGER_LOOPS_H_
+#define NM_KERNELS_AVX2_INTEGER_LOOPS_H_
+
+#include "avx2_rows.h"
+
+namespace nm {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products of 32 values and 32 activations, as sums of pairs (16 bits) or fours (32 bits).
+
+NM_PIECE __m256i SumPairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+
+// vpmaddubsw wants one unsigned factor. |w| · (sign of w · a) cannot saturate: 128 · 127 · 2 is below 2^15.
+NM_PIECE __m256i SignedProducts(__m256i w, __m256i a) {
+  return SumPairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
+}
+
+// (u - 8) · a for u below 16, sums of pairs: taking 8 · a off costs less than the signs of u - 8.
+NM_PIECE __m256i NibbleProducts(__m256i u, __m256i a) {
+  return _mm256_sub_epi16(_mm256_maddubs_epi16(u, a), _mm256_maddubs_epi16(_mm256_set1_epi8(8), a));
+}
+
+NM_PIECE __m256i LowNibbles(__m256i packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
+NM_PIECE __m256i HighNibbles(__m256i packed) { return LowNibbles(_mm256_srli_epi16(packed, 4)); }
+
+// The kinds of stored values. Each multiplies 64 values by the activations a[0] (the first 32) and a[1], for R rows, to
+// one sum of all or one for each half; or 32 values that end a row.
+struct Signed {  // bytes that were unpacked before
+  static constexpr int kBytes = 64;
+  template <bool joined, int R>
+  static NM_PIECE void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+    MultiplySigned<joined>(Load256(v), Load256(v + 32), a, sums);
+  }
+  static NM_PIECE __m256i MultiplyLast(const uint8_t* v, __m256i a) { return SignedProducts(Load256(v), a); }
+  template <bool joined, int R>
+  static NM_PIECE void MultiplySigned(__m256i w0, __m256i w1, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+    for (int r = 0; r < R; ++r) {
+      sums[r][0] = SignedProducts(w0, a[r][0]);
+      sums[r][1] = SignedProducts(w1, a[r][1]);
+      if (joined) sums[r][0] = _mm256_add_epi32(sums[r][0], sums[r][1]);
+    }
+  }
+};
+
+struct Int8 {
+  static constexpr int kBytes = 64;
+  template <bool joined, int R>
+  static NM_PIECE void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+    Signed::MultiplySigned<joined>(SignedOfInt8(Load256(v)), SignedOfInt8(Load256(v + 32)), a, sums);
+  }
+  static NM_PIECE __m256i MultiplyLast(const uint8_t* v, __m256i a) {
+    return SignedProducts(SignedOfInt8(Load256(v)), a);
+  }
+};
+
+struct Int4 {
+  static constexpr int kBytes = 32;
+  template <bool joined, int R>
+  static NM_PIECE void Multiply(const uint8_t* v, const __m256i (&a)[R][2], __m256i (&sums)[R][2]) {
+    const __m256i packed = Load256(v);
+    const __m256i u0 = LowNibbles(packed), u1 = HighNibbles(packed);
+    for (int r = 0; r < R; ++r) {
+      const __m256i first = NibbleProducts(u0, a[r][0]);
+      const __m256i second = NibbleProducts(u1, a[r][1]);
+      sums[r][0] = SumPairs(joined ? _mm256_add_epi16(first, second) : first);
+      if (!joined) sums[r][1] = SumPairs(second);
+    }
+  }
+  static NM_PIECE __m256i MultiplyLast(const uint8_t* v, __m256i a) {
+    const __m128i packed = Load128(v);
+    return SumPairs(NibbleProducts(LowNibbles(Lanes(packed, _mm_srli_epi16(packed, 4))), a));
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One output row times R activation rows, some pairs of steps of it.
+
+template <int R>
+struct Rows {
+  const uint8_t* a;  // at the first pair
+  int64_t a_stride;
+  const float* products;  // scale of the weights times scale of the activations, a unit; at the first pair
+  int64_t products_stride;
+  __m256 totals[R];
+};
+
+// Sums of R rows times their scales, while they are in registers.
+template <int R>
+class Totals {
+ public:
+  explicit Totals(const Rows<R>& rows) : products_(rows.products), stride_(rows.products_stride) {
+    for (int r = 0; r < R; ++r) lanes_[r] = rows.totals[r];
+  }
+  void Store(Rows<R>& rows) const {
+    for (int r = 0; r < R; ++r) rows.totals[r] = lanes_[r];
+  }
+  // With the scale of one unit, that many units after the present one …
+  void Add(int r, __m256i sums, int unit) { Add(r, sums, _mm256_broadcast_ss(products_ + r * stride_ + unit)); }
+  // … or of two, in the lanes that `which` names.
+  void AddTwo(int r, __m256i sums, int unit, __m256i which) {
+    const double* two = reinterpret_cast<const double*>(products_ + r * stride_ + unit);
+    Add(r, sums, _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd(two)), which));
+  }
+  void Advance(int units) { products_ += units; }
+
+ private:
+  void Add(int r, __m256i sums, __m256 scale) {
+    lanes_[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, lanes_[r]);
+  }
+  const float* products_;
+  const int64_t stride_;
+  __m256 lanes_[R];
+};
+
+// Positions: indices of vpshufb. The lanes of a sum are the first and the last 32 columns of its step.
+template <class Pairs, class Values, int unit, int R>
+NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs,
+                       bool odd_step, Rows<R>& rows) {
+  constexpr bool joined = unit == 128;
+  const __m256i by_lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  Totals<R> totals(rows);
+  const uint8_t* a = rows.a;
+  const int64_t a_stride = rows.a_stride;
+  const auto pick = [](const uint8_t* step, __m256i index) __attribute__((always_inline)) {
+    return _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(step), index),
+                              _mm256_shuffle_epi8(Load256(step + kStep / 2), index), 0xcc);
+  };
+  const auto turn = [&](const Indices& indices, int pair) __attribute__((always_inline)) {
+    __m256i kept[R][2], sums[R][2];
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* step = a + pair * kPair + r * a_stride;
+      kept[r][0] = pick(step, indices.first);
+      kept[r][1] = pick(step + kStep, indices.second);
+    }
+    Values::template Multiply<joined>(values + pair * Values::kBytes, kept, sums);
+    const int first_unit = pair * (kPair / unit);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (unit == 128) {
+        totals.Add(r, sums[r][0], first_unit);
+      } else if constexpr (unit == 64) {
+        totals.Add(r, sums[r][0], first_unit);
+        totals.Add(r, sums[r][1], first_unit + 1);
+      } else {
+        totals.AddTwo(r, sums[r][0], first_unit, by_lane);
+        totals.AddTwo(r, sums[r][1], first_unit + 2, by_lane);
+      }
+    }
+  };
+  Indices even = Pairs::Load(positions, table), odd = even;
+  for (; pairs > 2; pairs -= 2) {
+    Prefetch(positions);
+    Prefetch(values);
+    if (Values::kBytes == 64) Prefetch(values + 64);
+    odd = Pairs::Load(positions + Pairs::kBytes, table);
+    Separate(odd, even);
+    turn(even, 0);
+    even = Pairs::Load(positions + 2 * Pairs::kBytes, table);
+    Separate(even, odd);
+    turn(odd, 1);
+    positions += 2 * Pairs::kBytes;
+    values += 2 * Values::kBytes;
+    a += 2 * kPair;
+    totals.Advance(2 * kPair / unit);
+  }
+  if (pairs == 2) odd = Pairs::Load(positions + Pairs::kBytes, table);
+  turn(even, 0);
+  if (pairs == 2) turn(odd, 1);
+  if (odd_step) {
+    const __m256i index = Pairs::LoadStep(positions + pairs * Pairs::kBytes, table);
+    const uint8_t* last_values = values + pairs * Values::kBytes;
+    for (const uint8_t* p = values; p <= last_values; p += 64) Prefetch(p);
+    Prefetch(positions);
+    const int first_unit = static_cast<int>(pairs) * (kPair / unit);
+    for (int r = 0; r < R; ++r) {
+      const __m256i sum = Values::MultiplyLast(last_values, pick(a + pairs * kPair + r * a_stride, index));
+      if (unit == 32) totals.AddTwo(r, sum, first_unit, by_lane);
+      if (unit != 32) totals.Add(r, sum, first_unit);
+    }
+  }
+  totals.Store(rows);
+}
+
+// Every column has a value. The two sums of a step are its first and last 32 columns.
+template <class Values, int unit, int R>
+NM_LOOP void DenseSteps(const uint8_t* values, int64_t steps, Rows<R>& rows) {
+  constexpr bool joined = unit >= 64;
+  const __m256i by_half = _mm256_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1);  // as vphaddd leaves them
+  Totals<R> totals(rows);
+  const uint8_t* a = rows.a;
+  const int64_t a_stride = rows.a_stride;
+  for (int64_t step = 0; step < steps; ++step, a += kStep, values += Values::kBytes) {
+    Prefetch(values);
+    __m256i columns[R][2], sums[R][2];
+    for (int r = 0; r < R; ++r) {
+      columns[r][0] = Load256(a + r * a_stride);
+      columns[r][1] = Load256(a + r * a_stride + 32);
+    }
+    Values::template Multiply<joined>(values, columns, sums);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (joined) {
+        totals.Add(r, sums[r][0], 0);
+      } else {
+        totals.AddTwo(r, _mm256_hadd_epi32(sums[r][0], sums[r][1]), 0, by_half);
+      }
+    }
+    totals.Advance(unit == 128 ? static_cast<int>(step % 2) : kStep / unit);
+  }
+  totals.Store(rows);
+}
+
+}  // namespace
+}  // namespace nm
+
+#endif  // NM_KERNELS_AVX2_INTEGER_LOOPS_H_
