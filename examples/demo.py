@@ -29,7 +29,7 @@ WINDOW = 1024  # tokens, of calibration and of evaluation
 
 
 def configuration(solver: str, samples: int) -> NMConfig:
-    """int8 values, 8:16 with 16:256 outliers in every decoder layer.
+    """int4 values, 8:16 with 16:256 outliers in every decoder layer.
 
     A fifth of SmolLM2's weights is one table, its input embedding and output layer. It stays dense (16:16) as int8, and
     is stored once for both.
@@ -38,9 +38,9 @@ def configuration(solver: str, samples: int) -> NMConfig:
         pattern="8:16",
         outliers="16:256",
         solver=solver,
-        weight_dtype="int8",
+        weight_dtype="int4",
         exclude=[],
-        overrides={"lm_head": {"pattern": "16:16", "outliers": None}},
+        overrides={"lm_head": {"pattern": "16:16", "outliers": None, "weight_dtype": "int8"}},
         share_embedding=True,
         calibration_samples=samples,
         calibration_length=WINDOW,
@@ -50,7 +50,7 @@ def configuration(solver: str, samples: int) -> NMConfig:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = read_arguments(arguments)
     start = time.perf_counter()
-    sparse = args.output / "sparse-int8-8x16-16x256"
+    sparse = args.output / "sparse-int4-8x16-16x256"
     with step("Reading Wikipedia articles"):
         train, held_out = wikipedia_articles()
     folder, gguf_file = smollm2()
