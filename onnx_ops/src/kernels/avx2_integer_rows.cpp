@@ -265,12 +265,13 @@ bool Supports(const Layout& l) {
   return l.dtype == dtype && l.in_features <= INT32_MAX - 1024 && (l.row_scales == 1 || l.scale_columns % 32 == 0);
 }
 
-constexpr int64_t kMostRows = 12;  // from then on panels are faster
+constexpr int64_t kMostInt8Rows = 16;  // from then on panels are faster
+constexpr int64_t kMostInt4Rows = 12;
 constexpr Kernel kKernels[] = {
-    {"int8 rows, int8 activations", Isa::kAvx2, true, kMostRows, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes,
-     Run<Int8>},
-    {"int4 rows, int8 activations", Isa::kAvx2, true, kMostRows, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes,
-     Run<Int4>},
+    {"int8 rows, int8 activations", Isa::kAvx2, true, kMostInt8Rows, Supports<NM_INT8>, PackedBytes, PackRows,
+     ScratchBytes, Run<Int8>},
+    {"int4 rows, int8 activations", Isa::kAvx2, true, kMostInt4Rows, Supports<NM_INT4>, PackedBytes, PackRows,
+     ScratchBytes, Run<Int4>},
 };
 
 }  // namespace
