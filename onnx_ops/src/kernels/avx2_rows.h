@@ -7,6 +7,7 @@
 #include "avx2_outliers.h"
 #include "avx2_positions.h"
 #include "kernels.h"
+#include "row_turns.h"
 
 namespace nm {
 namespace {
@@ -47,22 +48,6 @@ NM_PIECE void Separate(Indices& next, Indices& now) {
   asm("" : "+x"(next.first), "+x"(next.second), "+x"(now.first), "+x"(now.second));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Activation rows in turns of four, two and one, each with a kernel of its own.
-
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-
-template <class Body>
-void ForRows(int64_t rows, const Body& body) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) body(Count<4>(), r);
-  for (; r + 2 <= rows; r += 2) body(Count<2>(), r);
-  if (r < rows) body(Count<1>(), r);
-}
-
 // A row in order, zeros after it, for the outliers and for weights that are expanded.
 inline int64_t NaturalColumns(const Layout& l) { return PaddedColumns(l) + kLargestOutlierBlock; }
 
@@ -70,20 +55,6 @@ inline void PackNatural(const Layout& l, const float* a, float* row) {
   memcpy(row, a, static_cast<size_t>(l.in_features) * sizeof(float));
   memset(row + l.in_features, 0, static_cast<size_t>(NaturalColumns(l) - l.in_features) * sizeof(float));
 }
-
-// Hands out parts of one piece of memory, aligned to cache lines.
-class Parts {
- public:
-  size_t Take(int64_t bytes) {
-    const size_t start = total_;
-    total_ += static_cast<size_t>(RoundUp(bytes, 64));
-    return start;
-  }
-  size_t total() const { return total_; }
-
- private:
-  size_t total_ = 0;
-};
 
 }  // namespace
 }  // namespace nm
