@@ -24,7 +24,7 @@ MODELS = {
     "qwen2": {},
     "qwen3": {"head_dim": 32},
     "gemma": {"head_dim": 16},
-    "phi": {"num_attention_heads": 2},
+    "phi": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "gpt2": {},
     "gpt_neox": {},

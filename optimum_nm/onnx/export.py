@@ -20,8 +20,9 @@ from ..sparsify.checkpoint import output_folder
 from .external_data import MODEL_FILE, check_files
 from .fallback import add_fallback
 from .genai import RUNTIMES, add_genai_files
+from .onnx_config import TASKS
 from .operator import DOMAIN, VERSION, register_schemas
-from .traced import TASKS, traced_graph
+from .traced import traced_graph
 
 logger = logging.getLogger(__name__)
 ACCURACY_LEVELS = (0, 4)

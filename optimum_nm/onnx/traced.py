@@ -6,7 +6,6 @@ other small parameters are read. Afterwards each handle becomes the initializers
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -28,10 +27,10 @@ from ..errors import NMError
 from ..nn.convert import dense_weight, linear_layers, replace_linear
 from ..packing.checkpoint import PackedCheckpoint
 from .external_data import CheckpointInitializers, external_initializer
+from .onnx_config import onnx_config_factory
 from .operator import DOMAIN, matmul_nm_node
 from .packed_embedding import look_up_rows
 
-TASKS = ("text-generation-with-past", "text-generation", "feature-extraction-with-past", "feature-extraction")
 _LINEAR, _EMBEDDING = "StoredLinear", "StoredEmbedding"
 
 
@@ -115,7 +114,7 @@ def traced_graph(
 
     Args:
         checkpoint: from `optimum_nm.nn.skeleton.open_checkpoint`.
-        task: one of TASKS.
+        task: one of `onnx_config.TASKS`.
         accuracy_level: of all packed layers; None for 4 where the stored values are integers and 0 elsewhere.
         opset: the exporter's default for the model type if None.
 
@@ -123,15 +122,14 @@ def traced_graph(
         NMError: there is no exporter, it does not support the model type, or a tensor is missing or not what it should
             be.
     """
-    onnx_config_class = _onnx_config_class(checkpoint, task)
+    make_onnx_config = onnx_config_factory(checkpoint.model_config.get("model_type", ""), task)
     model, modules = _handle_model(checkpoint)
     prefix = ""
     if task.startswith("feature-extraction"):
         prefix = model.base_model_prefix + "."
         model = cast(PreTrainedModel, model.base_model)
-    past = task.endswith("-with-past")
-    model.config.use_cache = past
-    onnx_config = onnx_config_class(model.config, use_past=past, use_past_in_inputs=past)
+    model.config.use_cache = task.endswith("-with-past")
+    onnx_config = make_onnx_config(model.config)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traced.onnx"
         _export(model, onnx_config, path, opset)
@@ -144,23 +142,6 @@ def traced_graph(
     return proto
 
 
-def _onnx_config_class(checkpoint: PackedCheckpoint, task: str) -> Any:
-    """Optimum's description of the model type's inputs and outputs for a task."""
-    if importlib.util.find_spec("optimum.exporters.onnx") is None:
-        raise NMError("optimum-onnx is not installed; `pip install optimum-nm[onnx]` brings it.")
-    import optimum.exporters.onnx.model_configs  # noqa: F401  it registers the model types
-    from optimum.exporters.tasks import TasksManager
-
-    model_type = checkpoint.model_config.get("model_type", "")
-    try:
-        supported = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
-    except KeyError:
-        raise NMError(f"model type {model_type!r} is not one that Optimum's exporter supports.") from None
-    if task not in supported:
-        raise NMError(f"task {task!r} is not one that Optimum's exporter supports for model type {model_type!r}.")
-    return supported[task]
-
-
 def _export(model: PreTrainedModel, onnx_config: Any, path: Path, opset: int | None) -> None:
     from optimum.exporters.onnx import export
 
@@ -168,7 +149,7 @@ def _export(model: PreTrainedModel, onnx_config: Any, path: Path, opset: int | N
         warnings.simplefilter("ignore")  # what the tracer warns of has been seen to by Optimum's patches
         try:
             export(model, onnx_config, path, opset=opset, disable_dynamic_axes_fix=True)
-        except Exception as error:  # of any kind; OPT's feature-extraction-with-past does not export densely either
+        except Exception as error:  # of any kind: the model's own code runs, and the tracer
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise NMError(f"Optimum's exporter cannot export this {type(model).__name__}: {reason}") from error
 
