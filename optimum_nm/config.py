@@ -55,6 +55,8 @@ class NMConfig:
         solver: "mask" chooses by score and keeps the surviving weights as they are; "sparsegpt" (2301.00774), "admm"
             (2401.02938, with a gradual mask) and "alps" (2406.07831) choose and update them by the inputs' Gram matrix,
             integer values included, and use neither score, equalization in mode "score", nor variance correction.
+        swaps: rounds over every layer in which a pruned weight takes the place of a kept one of its group wherever that
+            lowers the layer's error (2512.10922); with another solver than "mask" survivors get new values. 0 for none.
         equalization: SmoothQuant-like α in 0…1, or None for no equalization.
         equalization_mode: "score" rescales for statistics only; "fold" rescales the weights and folds the inverse into
             the preceding norm or linear, where the architecture allows.
@@ -87,6 +89,7 @@ class NMConfig:
     score: str = "ria"
     score_exponent: float = 0.5
     solver: str = "mask"
+    swaps: int = 0
     equalization: float | None = 0.5
     equalization_mode: str = "score"
     variance_correction: str | None = "row"
@@ -119,6 +122,8 @@ class NMConfig:
         for name in ("calibration_samples", "calibration_length"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise NMError(f"{name} is {getattr(self, name)!r}; it must be a whole number above 0.")
+        if type(self.swaps) is not int or self.swaps < 0:
+            raise NMError(f"swaps is {self.swaps!r}; it must be a whole number, 0 or more.")
         if not isinstance(self.share_embedding, bool):
             raise NMError(f"share_embedding is {self.share_embedding!r}; it must be true or false.")
         if not isinstance(self.exclude, list) or not all(isinstance(p, str) for p in self.exclude):

@@ -264,3 +264,16 @@ def test_no_layer_of_a_real_block_is_worse_than_by_score(solver, outliers, real_
             solution = solve_layer(weight, statistics, config.layer(name), config, equalized=False)
             errors[method] = error(weight, solution.weight, statistics.gram)
         assert errors[solver] < 0.8 * errors["mask"], name
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("solver", ["mask", *SOLVERS])
+@pytest.mark.parametrize("outliers", [None, "16:256"])
+def test_swaps_make_no_layer_of_a_real_block_worse(solver, outliers, real_layers):
+    for name, (weight, statistics) in real_layers.items():
+        errors = {}
+        for swaps in (0, 2):
+            config = NMConfig(solver=solver, outliers=outliers, swaps=swaps, variance_correction=None)
+            solution = solve_layer(weight, statistics, config.layer(name), config, equalized=False)
+            errors[swaps] = error(weight, solution.weight, statistics.gram)
+        assert errors[2] <= errors[0] * (0.8 if solver == "mask" else 1.001), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from .correct import variance_correction
 from .equalize import equalization_scale
 from .mask import choose_masks
 from .score import importance
-from .solvers import SOLVERS, Solution, quantize_solution
+from .solvers import SOLVERS, Solution, quantize_solution, swap_weights
 from .statistics import InputStatistics
 from .summary import LayerSummary
 
@@ -28,7 +29,7 @@ LayerSolver: TypeAlias = Callable[[Tensor, InputStatistics, LayerConfig, NMConfi
 
 def needs_gram(config: NMConfig) -> bool:
     """Whether `solve_layer` needs the Gram matrix of the inputs."""
-    return config.solver in SOLVERS or config.variance_correction in _GRAM_CORRECTIONS
+    return config.solver in SOLVERS or config.swaps > 0 or config.variance_correction in _GRAM_CORRECTIONS
 
 
 def solve_layer(
@@ -45,7 +46,10 @@ def solve_layer(
     if layer.pattern.is_dense and layer.outliers is None:
         return Solution(weight, torch.ones(weight.shape, dtype=torch.bool), None)  # nothing to choose
     assert statistics.gram is not None
-    return SOLVERS[config.solver](weight, statistics.gram, layer)
+    solution = SOLVERS[config.solver](weight, statistics.gram, layer)
+    if config.swaps:
+        solution = swap_weights(weight, solution, statistics.gram, layer, config.swaps, refit=True)
+    return solution
 
 
 def give_integers(
@@ -106,11 +110,15 @@ def _masked(
     scores = importance(weight * scale, statistics.norm / scale, config.score, config.score_exponent)
     mask, outlier_mask = choose_masks(scores, layer)
     kept = mask if outlier_mask is None else mask | outlier_mask
-    pruned = weight * kept.to(weight.device)
-    if config.variance_correction is not None and not layer.pattern.is_dense:
-        # The Gram matrix is that of the inputs as they are.
-        statistics_scale = 1.0 if config.variance_correction in _GRAM_CORRECTIONS else scale
-        pruned *= variance_correction(
-            weight * statistics_scale, pruned * statistics_scale, config.variance_correction, statistics.gram
-        )
-    return Solution(pruned, mask, outlier_mask)
+    solution = Solution(weight * kept.to(weight.device), mask, outlier_mask)
+    if config.swaps:
+        assert statistics.gram is not None
+        solution = swap_weights(weight, solution, statistics.gram, layer, config.swaps, refit=False)
+    if config.variance_correction is None or layer.pattern.is_dense:
+        return solution
+    # The Gram matrix is that of the inputs as they are.
+    statistics_scale = 1.0 if config.variance_correction in _GRAM_CORRECTIONS else scale
+    factor = variance_correction(
+        weight * statistics_scale, solution.weight * statistics_scale, config.variance_correction, statistics.gram
+    )
+    return replace(solution, weight=solution.weight * factor)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import LayerConfig
 from ..mask import best_masks, best_support
 from .conjugate_gradients import conjugate_gradients
-from .solution import Solution, damped
+from .solution import Solution, normalized
 
 DAMPING = 0.1
 PENALTY = 1.0
@@ -24,9 +24,7 @@ def admm(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
     For the first rounds the mask is chosen anew from the iterate, its size falling cubically to N of M; conjugate
     gradients finish the values.
     """
-    scale = gram.diagonal().sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    matrix = damped(gram / scale.outer(scale), DAMPING)
+    matrix, scale = normalized(gram, DAMPING)
     eye = torch.eye(len(gram), dtype=matrix.dtype, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix + PENALTY * eye)).float()
     matrix = matrix.float()

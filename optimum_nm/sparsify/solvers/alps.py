@@ -8,7 +8,7 @@ from torch import Tensor
 from ...config import LayerConfig
 from ..mask import best_masks, best_support
 from .conjugate_gradients import conjugate_gradients
-from .solution import Solution, damped
+from .solution import Solution, normalized
 
 DAMPING = 0.1
 FIRST_PENALTY = 0.1
@@ -25,9 +25,7 @@ def alps(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
     onto what the pattern holds; the slower the penalty grows, the freer the support is to change. It ends when the
     support has stopped changing; conjugate gradients finish the values.
     """
-    scale = gram.diagonal().sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    matrix = damped(gram / scale.outer(scale), DAMPING)
+    matrix, scale = normalized(gram, DAMPING)
     eigenvalues, vectors = (part.float() for part in torch.linalg.eigh(matrix))
     matrix = matrix.float()
     target = weight * scale

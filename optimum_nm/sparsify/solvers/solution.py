@@ -38,3 +38,10 @@ def damped(gram: Tensor, share: float) -> Tensor:
     mean = gram.diagonal().mean()
     amount = share * mean if mean > 0 else torch.ones_like(mean)
     return gram + amount * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def normalized(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """G with a unit diagonal, damped, in float64, and the scale: columns of W times it are what goes with that G."""
+    scale = gram.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    return damped(gram / scale.outer(scale), damping), scale
