@@ -1,13 +1,18 @@
 """Calibration text from every kind of source, and windows cut from it."""
 
+import copy
 import gzip
 import json
 
 import datasets
 import pytest
 import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_nm.calibration import sources
+from optimum_nm.calibration.generation import _first_tokens, generate_windows
+from optimum_nm.calibration.mixing import read_windows, share_out
 from optimum_nm.calibration.sources import read_documents
 from optimum_nm.calibration.windows import calibration_windows
 from optimum_nm.errors import NMError
@@ -133,3 +138,123 @@ def test_dataset_without_a_text_column_is_refused():
 def test_item_that_is_no_string_is_refused():
     with pytest.raises(NMError, match="item 1 is of type int"):
         read_documents(["text", 3])
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def follows(model, monkeypatch):
+    """Makes the model certain that a token is followed by the next one."""
+    size = model.config.vocab_size
+
+    def forward(input_ids, **kwargs):
+        assert input_ids.shape[1] == 1  # what came before is in the cache
+        logits = torch.full((*input_ids.shape, size), -1e4).scatter(2, (input_ids[..., None] + 1) % size, 1e4)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=DynamicCache())
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+def test_model_writes_whole_windows_past_the_end_of_text(model, tokenizer, follows):
+    windows = generate_windows(model, tokenizer, 20, 40, seed=0, progress=False)
+    assert windows.shape == (20, 40) and windows.dtype == torch.int64
+    assert ((windows[:, 1:] - windows[:, :-1]) % len(tokenizer) == 1).all()
+    assert tokenizer.bos_token_id is None and len(windows[:, 0].unique()) > 10
+    assert (windows == tokenizer.eos_token_id).any(dim=1).sum() > (windows[:, -1] == tokenizer.eos_token_id).sum()
+    assert (windows[:, 0] != tokenizer.eos_token_id).all()
+
+
+def with_start(tokenizer):
+    """The tokenizer with a token that every text begins with."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
+
+
+def test_model_begins_with_the_token_for_it(model, tokenizer, follows):
+    windows = generate_windows(model, with_start(tokenizer), 2, 3, seed=0, progress=False)
+    start = tokenizer.eos_token_id
+    assert windows.tolist() == [[start, start + 1, start + 2]] * 2
+
+
+def test_cached_generation_is_that_without_a_cache(model, tokenizer):
+    """The same draws from the model's output for the whole of what is there."""
+    windows = generate_windows(model, tokenizer, 3, 12, seed=5, progress=False)
+    assert torch.equal(windows, generate_windows(model, tokenizer, 3, 12, seed=5, progress=False))
+    assert not torch.equal(windows, generate_windows(model, tokenizer, 3, 12, seed=6, progress=False))
+    generator = torch.Generator().manual_seed(5)
+    tokens = _first_tokens(tokenizer, 3, generator)
+    with torch.no_grad():
+        for _ in range(11):
+            probabilities = model(tokens).logits[:, -1].softmax(dim=-1)
+            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+    assert torch.equal(windows, tokens)
+
+
+def test_model_that_cannot_write_is_refused(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "forward", lambda **kwargs: CausalLMOutputWithPast(logits=torch.zeros(1, 1, 9)))
+    with pytest.raises(NMError, match="'llama' has no key-value cache"):
+        generate_windows(model, tokenizer, 1, 4, seed=0, progress=False)
+    output = CausalLMOutputWithPast(logits=torch.full((1, 1, 9), torch.nan), past_key_values=DynamicCache())
+    monkeypatch.setattr(model, "forward", lambda **kwargs: output)
+    with pytest.raises(NMError, match="output is not finite"):
+        generate_windows(model, tokenizer, 1, 4, seed=0, progress=False)
+
+
+def test_shares_are_of_the_windows(model, tokenizer, text, tmp_path, follows):
+    path = tmp_path / "birds.txt"
+    path.write_text("birds count " * 400)
+    mixture = {"self": 1, str(path): 2, (text,): 1}
+    windows = read_windows(mixture, model, tokenizer, 9, 24, seed=0, progress=False)
+    assert windows.shape == (9, 24)
+    generated = ((windows[:, 1:] - windows[:, :-1]) % len(tokenizer) == 1).all(dim=1)
+    birds = torch.tensor(["birds count birds count" in tokenizer.decode(window) for window in windows])
+    assert generated.sum() == 2 and birds.sum() == 5 and not (generated & birds).any()
+    assert torch.equal(windows, read_windows(mixture, model, tokenizer, 9, 24, seed=0, progress=False))
+    assert not generated[:2].all()  # the order is mixed
+
+
+def test_one_source_is_read_as_it_is(model, tokenizer, text):
+    windows = read_windows([text], model, tokenizer, 4, 32, seed=1)
+    assert torch.equal(windows, calibration_windows([text], tokenizer, 4, 32, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("shares", "samples", "counts"),
+    [
+        ({"a": 0.5, "b": 0.5}, 5, {"a": 3, "b": 2}),
+        ({"a": 3, "b": 1}, 8, {"a": 6, "b": 2}),
+        ({"a": 0.34, "b": 0.33, "c": 0.33}, 4, {"a": 2, "b": 1, "c": 1}),
+    ],
+)
+def test_shares_are_rounded_by_largest_remainders(shares, samples, counts):
+    assert share_out(shares, samples) == counts
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({}, "a mapping without sources"),
+        ({"a": 0}, "source 'a' has share 0; it must be a number above 0"),
+        ({"a": "half"}, "source 'a' has share 'half'"),
+        ({"a": True}, "source 'a' has share True"),
+        ({"a": 100, "b": 1}, "source 'b' has a share of 0.0099, less than one window of calibration_samples=4"),
+    ],
+)
+def test_unusable_share_is_refused_by_name(shares, message):
+    with pytest.raises(NMError, match=message):
+        share_out(shares, 4)
