@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optimum_nm import PackedWeight
 from optimum_nm.errors import NMError
+from optimum_nm.onnx.checker import check_file
 from optimum_nm.onnx.convert import convert_onnx
 from optimum_nm.onnx.operator import is_matmul_nm
 from optimum_nm.runtime.session import session_options
@@ -77,7 +78,7 @@ def convert(source, **options):
     """The converted model's path and what the conversion did."""
     target = source.with_name("packed.onnx")
     summary = convert_onnx(source, target, **options)
-    onnx.checker.check_model(str(target))
+    check_file(target)
     return target, summary
 
 
@@ -544,6 +545,7 @@ def write_wide_model(path, layers=16, size=1024):
 
 PEAK = """
 import resource, sys
+from optimum_nm.onnx.checker import check_file
 from optimum_nm.onnx.convert import convert_onnx
 convert_onnx(*sys.argv[1:3], overwrite=True)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -559,6 +561,29 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
     result = subprocess.run([sys.executable, "-c", PEAK, *map(str, paths)], capture_output=True, text=True, check=True)
     model_mib = (tmp_path / "weights.bin").stat().st_size >> 20
     assert model_mib == 64 and int(result.stdout) < model_mib / 2
+
+
+def test_quantized_weights_are_named(tmp_path):
+    """What onnxruntime-genai's builder makes with -p int4: nothing in it is a float matrix."""
+    attributes = {"K": IN, "N": OUT, "bits": 4, "block_size": 64}
+    product = node("MatMulNBits", "x q s", "y", "/up/MatMul", domain="com.microsoft", **attributes)
+    quantized = {"q": np.zeros((OUT, 1, 32), np.uint8), "s": np.ones((OUT, 1), np.float32)}
+    source = write_model(tmp_path / "model.onnx", [product], quantized)
+    model = onnx.load(source)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, source)
+    with pytest.raises(NMError, match=r"nothing to pack \(the weight of MatMulNBits '/up/MatMul' is quantized; "):
+        convert_onnx(source, tmp_path / "packed.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("operator,opset", [("SimplifiedLayerNormalization", 17), ("LayerNormalization", 14)])
+def test_norms_that_only_onnxruntime_has(tmp_path, operator, opset):
+    """Its optimizer and the builder of onnxruntime-genai put them into ONNX's own domain."""
+    nodes = [node(operator, "x s", "h", axis=-1), node("MatMul", "h w", "y")]
+    source = write_model(tmp_path / "model.onnx", nodes, {"w": sparse().T, "s": vector(IN)}, opset=opset)
+    target, _ = convert(source)
+    assert_same_outputs(source, target)
 
 
 def command(*arguments):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from packed_models import DIMENSIONS, TOKENS, packed_checkpoint, random_tokens, torch_logits
+from packed_models import DIMENSIONS, TOKENS, packed_checkpoint, random_tokens, rearrange, torch_logits
 
 from optimum_nm import NMConfig
 from optimum_nm.errors import NMError
@@ -16,9 +16,8 @@ from optimum_nm.nn.skeleton import open_checkpoint
 from optimum_nm.onnx.export import export_checkpoint
 from optimum_nm.onnx.fused import MODEL_TYPES, no_fused_graph
 from optimum_nm.onnx.genai import genai_config
-from optimum_nm.onnx.operator import register_schemas
+from optimum_nm.onnx.operator import operator_schemas
 from optimum_nm.runtime.session import session_options
-from optimum_nm.sparsify.tensor_order import arrange_tensors
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 VARIANTS = {
@@ -58,7 +57,7 @@ def test_every_model_type_is_tested():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_agrees_with_torch_with_a_prompt_and_token_by_token(tmp_path, variant):
     model = packed_checkpoint(tmp_path, variant.partition(" ")[0], **VARIANTS[variant])
-    arrange_tensors(tmp_path)
+    rearrange(tmp_path)
     kinds = {node.op_type for node in export(tmp_path).graph.node}
     assert "GroupQueryAttention" in kinds and "MatMul" not in kinds
     tokens = random_tokens(40)
@@ -107,9 +106,15 @@ def test_runs_without_the_library(tmp_path):
 
 
 def test_operator_may_be_known_to_the_onnx_package(tmp_path):
-    register_schemas()
     packed_checkpoint(tmp_path)
-    names = [node.name for node in export(tmp_path).graph.node if node.op_type == "MatMulNM"]
+    schemas = operator_schemas()
+    for schema in schemas:
+        onnx.defs.register_schema(schema)
+    try:
+        names = [node.name for node in export(tmp_path).graph.node if node.op_type == "MatMulNM"]
+    finally:
+        for schema in schemas:
+            onnx.defs.deregister_schema(schema.name, schema.since_version, schema.domain)
     assert "model.layers.0.mlp.down_proj" in names and len(set(names)) == len(names)
 
 
@@ -152,7 +157,7 @@ def test_projections_stored_side_by_side_are_one_node(tmp_path):
         kinds = [node.op_type for node in export(tmp_path).graph.node]
         counts.append(kinds.count("MatMulNM"))
         logits.append(OnnxDecoder(tmp_path / "model.onnx", session_options(1)).read(tokens))
-        arrange_tensors(tmp_path)
+        rearrange(tmp_path)
     assert counts == [2 * 7 + 1, 2 * 4 + 1]  # query, key and value; output; gate and up; down
     np.testing.assert_allclose(*logits, atol=1e-5)
     # nothing else is left between the products of a layer

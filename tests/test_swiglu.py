@@ -17,7 +17,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from swiglu_values import reference, swiglu_model
 
 from optimum_nm import session_options
-from optimum_nm.onnx.operator import register_schemas
+from optimum_nm.onnx.checker import check_file
 from optimum_nm.onnx.swiglu import fuse_swiglu, swiglu_function
 from optimum_nm.runtime.library import load_library
 
@@ -57,9 +57,12 @@ def test_threads_do_not_change_the_result(session):
     np.testing.assert_array_equal(four.run(None, {"X": x})[0], session.run(None, {"X": x})[0])
 
 
-def test_model_is_checked_by_onnx():
-    register_schemas()
-    onnx.checker.check_model(swiglu_model(), check_custom_domain=True)
+def test_model_is_checked_by_onnx(tmp_path):
+    onnx.save(swiglu_model(), tmp_path / "model.onnx")
+    with pytest.raises(onnx.checker.ValidationError, match="SwiGLU"):
+        onnx.checker.check_model(tmp_path / "model.onnx", check_custom_domain=True)
+    check_file(tmp_path / "model.onnx", check_custom_domain=True)
+    assert not onnx.defs.has("SwiGLU", 1, "optimum.nm")
 
 
 @pytest.mark.parametrize("opset", [18, 24])

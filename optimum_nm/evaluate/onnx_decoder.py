@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class OnnxDecoder:
         if "input_ids" not in self.inputs or self.inputs.keys() - known or not {"logits", *present} <= set(outputs):
             raise NMError(f"{path} has inputs {', '.join(self.inputs)}; a causal language model is needed.")
         self.output_names = ["logits", *present]
+        is_open = any(isinstance(self.inputs[name].shape[-1], str) for name in self.past_names)
+        self.head_size = _head_size(path) if is_open else 0
         self.reset()
 
     def reset(self) -> None:
@@ -101,12 +104,21 @@ class OnnxDecoder:
         }
 
     def _empty_cache(self, name: str) -> npt.NDArray[Any]:
-        shape = [
-            size if isinstance(size, int) else 1 if "batch" in str(size) else 0 for size in self.inputs[name].shape
-        ]
+        *sizes, head_size = self.inputs[name].shape
+        shape = [size if isinstance(size, int) else 1 if "batch" in str(size) else 0 for size in sizes]
+        shape.append(head_size if isinstance(head_size, int) else self.head_size)
         assert math.prod(shape) == 0, f"{name} {shape}"
         return np.empty(shape, dtype=NUMPY_TYPES[self.inputs[name].type])
 
     @staticmethod
     def _ort_value(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _head_size(path: Path) -> int:
+    """Elements of a key or value, which graphs of onnxruntime-genai's model builder leave open."""
+    config = path.with_name("genai_config.json")
+    try:
+        return int(json.loads(config.read_text())["model"]["decoder"]["head_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise NMError(f"{path} leaves the size of an attention head open; {config} must tell (head_size).") from None

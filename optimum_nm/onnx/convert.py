@@ -16,16 +16,18 @@ from tqdm.auto import tqdm
 from ..config import INTEGER_DTYPES, LayerConfig, NMConfig
 from ..errors import NMError
 from ..patterns import NMPattern
+from .checker import check_file
 from .constant_weights import ConstantWeight, constant_weights
 from .conversion_summary import ConversionSummary, WeightSummary
 from .external_file import external_file
 from .fallback import OLDEST_OPSET, add_fallback
-from .operator import DOMAIN, VERSION, register_schemas
+from .operator import DOMAIN, VERSION
 from .replace_products import ProductReplacer
 
 ACCURACY_LEVELS = (0, 4)
 OLDEST_HALF_OPSET = 15  # of the fallback function, if activations are not float32
 FUNCTIONS_IR_VERSION = 8
+QUANTIZED_PRODUCTS = ("MatMulNBits", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul")
 
 
 def convert_onnx(
@@ -78,6 +80,9 @@ def convert_onnx(
     model = _read(source)
     _check_target(target, source, model, overwrite)
     weights = constant_weights(model.graph)
+    if not weights:
+        reason = f"{source} has no MatMul or Gemm with a constant float matrix; there is nothing to pack"
+        raise NMError(f"{reason}{_quantized_hint(model)}.")
     _choose(source, weights, layer_config.pattern, exclude, skip_dense)
     if fallback:
         _check_opset(source, model, weights)
@@ -92,7 +97,7 @@ def _read(source: Path) -> ir.Model:
     if not source.is_file():
         raise NMError(f"{source} is no file; an ONNX file is needed.")
     try:
-        onnx.checker.check_model(str(source))
+        check_file(source)
         proto = onnx.load(str(source), load_external_data=False)
         if proto.graph.sparse_initializer:
             raise NMError(f"{source} has sparse initializers, which are not read; they must be dense.")
@@ -150,6 +155,13 @@ def _check_target(target: Path, source: Path, model: ir.Model, overwrite: bool) 
             raise NMError(f"output {path} exists; choose another, or overwrite it (--overwrite, overwrite=True).")
 
 
+def _quantized_hint(model: ir.Model) -> str:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type in QUANTIZED_PRODUCTS:
+            return f" (the weight of {node.op_type} {node.name!r} is quantized; convert the float model it comes from)"
+    return ""
+
+
 def _choose(
     source: Path, weights: list[ConstantWeight], pattern: NMPattern, exclude: Sequence[str], skip_dense: bool
 ) -> None:
@@ -158,8 +170,6 @@ def _choose(
     Raises:
         NMError: a weight is to be refused, none is left to pack, or a wildcard matches none.
     """
-    if not weights:
-        raise NMError(f"{source} has no MatMul or Gemm with a constant float matrix; there is nothing to pack.")
     for wildcard in exclude:
         if not any(_matches(weight, [wildcard]) for weight in weights):
             raise NMError(f"exclude pattern {wildcard!r} matches no weight; one is called {weights[0].name!r}.")
@@ -218,9 +228,8 @@ def _write(
         if fallback:
             add_fallback(proto)
             proto.ir_version = max(proto.ir_version, FUNCTIONS_IR_VERSION)
-        register_schemas()
         (folder / target.name).write_bytes(proto.SerializeToString(deterministic=True))
-        onnx.checker.check_model(str(folder / target.name))
+        check_file(folder / target.name)
         target.unlink(missing_ok=True)  # an old model beside new data would be worse than none
         (folder / data.name).replace(data)
         (folder / target.name).replace(target)

@@ -17,11 +17,12 @@ from ..errors import NMError
 from ..nn.skeleton import open_checkpoint
 from ..packing.checkpoint import PackedCheckpoint
 from ..sparsify.checkpoint import output_folder
+from .checker import check_file
 from .external_data import MODEL_FILE, check_files
 from .fallback import add_fallback
 from .genai import RUNTIMES, add_genai_files
 from .onnx_config import TASKS
-from .operator import DOMAIN, VERSION, register_schemas
+from .operator import DOMAIN, VERSION
 from .traced import traced_graph
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,6 @@ def checked_model(model: onnx.ModelProto, path: Path) -> Iterator[None]:
     Raises:
         NMError: the folder cannot be written.
     """
-    register_schemas()
     temporary = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -149,7 +149,7 @@ def checked_model(model: onnx.ModelProto, path: Path) -> Iterator[None]:
         temporary = Path(name)
         temporary.write_bytes(model.SerializeToString(deterministic=True))
         ours = {entry.domain for entry in model.opset_import} <= {"", DOMAIN}  # and no domain whose schemas onnx lacks
-        onnx.checker.check_model(name, check_custom_domain=ours)
+        check_file(temporary, check_custom_domain=ours)
         yield
         umask = os.umask(0)
         os.umask(umask)

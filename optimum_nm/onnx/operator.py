@@ -93,11 +93,9 @@ def is_matmul_nm(node: onnx.NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type == OPERATOR
 
 
-def register_schemas() -> None:
-    """Teach the `onnx` package the operators, for `onnx.checker.check_model(..., check_custom_domain=True)`."""
-    for name, schema in ((OPERATOR, _matmul_nm_schema), (SWIGLU, _swiglu_schema)):
-        if not defs.has(name, DOMAIN):
-            defs.register_schema(schema())
+def operator_schemas() -> list[defs.OpSchema]:
+    """The operators as the `onnx` package describes its own."""
+    return [_matmul_nm_schema(), _swiglu_schema()]
 
 
 def _matmul_nm_schema() -> defs.OpSchema:
