@@ -15,7 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optimum_nm import NMOptimizer
 
 EVERY_TOKEN = "every-token.onnx"
 SMOLLM2 = "smollm2"
@@ -57,27 +60,67 @@ def packed(weight_dtype: str, outliers: str | None = None) -> Build:
     """
 
     def build(shape: str, dense: Path, folder: Path) -> None:
-        from optimum_nm import NMConfig, NMOptimizer
-        from optimum_nm.onnx.export import export_checkpoint
+        from optimum_nm import NMOptimizer
 
-        settings: dict[str, Any] = {"preset": "fast", "calibration_samples": 12}
-        if shape != SMOLLM2:
-            settings = {"score": "magnitude", "equalization": None, "variance_correction": None}
-            settings |= {"calibration_samples": 1, "calibration_length": 16}
-        config = NMConfig(
-            weight_dtype=weight_dtype,
-            outliers=outliers,
-            exclude=[],
-            overrides={"lm_head": {"pattern": "16:16", "outliers": None}},
-            share_embedding=True,
-            **settings,
-        )
-        text = demo_data().wikipedia_articles()[0] if shape == SMOLLM2 else ["a few words " * 50]
-        NMOptimizer.from_pretrained(dense).optimize(folder, config, text)
-        export_checkpoint(folder).rename(folder / EVERY_TOKEN)
-        export_checkpoint(folder, runtime="genai")
+        settings = _FAST if shape == SMOLLM2 else _ANY_MASK
+        _optimize(NMOptimizer.from_pretrained(dense), shape, folder, settings, weight_dtype, outliers)
 
     return build
+
+
+def stored_as(weight_dtype: str) -> Build:
+    """The weights of "8:16 float16", which are not sparsified again, as integers."""
+
+    def build(shape: str, dense: Path, folder: Path) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        from optimum_nm import NMModelForCausalLM, NMOptimizer
+
+        sparse = dense.with_name(folder_name("8:16 float16"))
+        model = NMModelForCausalLM.from_pretrained(sparse, dtype=torch.float32).dequantize()
+        calibration = {"calibration_samples": _FAST["calibration_samples"]} if shape == SMOLLM2 else {}
+        settings = _ANY_MASK | calibration
+        optimizer = NMOptimizer(model, AutoTokenizer.from_pretrained(sparse))
+        _optimize(optimizer, shape, folder, settings, weight_dtype, None)
+
+    return build
+
+
+_FAST: dict[str, Any] = {"preset": "fast", "calibration_samples": 12}
+_ANY_MASK: dict[str, Any] = {
+    "score": "magnitude",
+    "equalization": None,
+    "variance_correction": None,
+    "calibration_samples": 1,
+    "calibration_length": 512,
+}
+
+
+def _optimize(
+    optimizer: NMOptimizer,
+    shape: str,
+    folder: Path,
+    settings: dict[str, Any],
+    weight_dtype: str,
+    outliers: str | None,
+) -> None:
+    """Sparsify, pack, and export for a bare session and for onnxruntime-genai."""
+    from optimum_nm import NMConfig
+    from optimum_nm.onnx.export import export_checkpoint
+
+    config = NMConfig(
+        weight_dtype=weight_dtype,
+        outliers=outliers,
+        exclude=[],
+        overrides={"lm_head": {"pattern": "16:16", "outliers": None}},
+        share_embedding=True,
+        **settings,
+    )
+    text = demo_data().wikipedia_articles()[0] if shape == SMOLLM2 else ["a few words " * 500]
+    optimizer.optimize(folder, config, text)
+    export_checkpoint(folder).rename(folder / EVERY_TOKEN)
+    export_checkpoint(folder, runtime="genai")
 
 
 def dense_float32(shape: str, dense: Path, folder: Path) -> None:
@@ -189,8 +232,8 @@ VARIANTS: dict[str, Build] = {
     "int4 block 32": dense_blocks(4, 32),
     "int4 block 128": dense_blocks(4, 128),
     "8:16 float16": packed("float16"),
-    "8:16 int8": packed("int8"),
-    "8:16 int4": packed("int4"),
+    "8:16 int8": stored_as("int8"),
+    "8:16 int4": stored_as("int4"),
     "8:16 + 16:256 int8": packed("int8", "16:256"),
     "8:16 + 16:256 int4": packed("int4", "16:256"),
 }
@@ -201,8 +244,11 @@ def folder_name(name: str) -> str:
 
 
 def build_models(work: Path, shape: str, names: list[str]) -> dict[str, Path]:
-    """The folder of each model, each built in a process of its own unless it is there; quantized ones need float32."""
-    for name in dict.fromkeys(["dense", "float32", *names]):
+    """The folder of each model, each built in a process of its own unless it is there.
+
+    Others are made from "dense", "float32" and "8:16 float16".
+    """
+    for name in dict.fromkeys(["dense", "float32", "8:16 float16", *names]):
         if not (work / shape / folder_name(name)).is_dir():
             print(f"{shape}: building {name}", file=sys.stderr, flush=True)
             subprocess.run([sys.executable, __file__, str(work), shape, name], check=True)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -147,8 +148,11 @@ def _quantize_dynamic(model: onnx.ModelProto, path: Path) -> None:
 
 def _quantize_blocks(model: onnx.ModelProto, path: Path, bits: int) -> None:
     """MatMulNBits for every linear layer; the embedding too as int4, the one type the quantizer has for it."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    level = logging.root.level
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer, logger
 
+    logging.root.setLevel(level)  # importing it turns on every package's messages
+    logger.setLevel(logging.WARNING)  # three lines a layer, through a progress bar
     quantizer = MatMulNBitsQuantizer(
         model,
         bits=bits,
