@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration.sources import CalibrationSource, read_documents
-from .calibration.windows import calibration_windows
+from .calibration.mixing import Calibration, read_windows, runs_model
 from .config import NMConfig
 from .errors import NMError
-from .nn.modeling import load_causal_lm, load_tokenizer
+from .nn.modeling import NMModelForCausalLM, load_causal_lm, load_tokenizer
+from .nn.stored_weights import find_stored_weights
+from .nn.weights import LoadedWeights, Weights
 from .sparsify.allocate import allocate_layers
 from .sparsify.architectures import decoder_blocks
-from .sparsify.checkpoint import output_folder, write_checkpoint
+from .sparsify.checkpoint import check_target, write_checkpoint
 from .sparsify.layer import LayerSolver, solve_layer
 from .sparsify.pipeline import resolve_names, sparsify_model
-from .sparsify.summary import SparsificationSummary
+from .sparsify.summary import Allocation, SparsificationSummary
+from .sparsify.work_folder import CHECKPOINT, WorkFolder, work_folder
 
 # Arguments of from_pretrained that say where the files are; the tokenizer is looked for in the same place.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -33,14 +41,19 @@ class NMOptimizer:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model
         self.tokenizer = tokenizer
+        self._weights: Weights = LoadedWeights(model)
+        self._load: Callable[[], PreTrainedModel] | None = None
 
     @classmethod
     def from_pretrained(
         cls, model_name_or_path: str | Path, *, dtype: str | torch.dtype | None = None, **kwargs: Any
     ) -> NMOptimizer:
-        """Load a model and its tokenizer from a folder or the Hugging Face Hub.
+        """Open a model in a folder or on the Hugging Face Hub, and load its tokenizer.
+
+        Weights in safetensors files are read while `optimize` needs them, a decoder block at a time. They are loaded
+        whole when `model` is asked for before, and if they are in other files, need more than reading on loading
+        (quantized models, code of the model's own), or if `kwargs` change how the model is built.
 
         Args:
             dtype: to load and run the model in, "float32", "bfloat16", …; None for the checkpoint's own. Weights are
@@ -51,17 +64,37 @@ class NMOptimizer:
         Raises:
             NMError: there is no such model, it is not a causal language model, or a tensor is missing or damaged.
         """
-        shared = {name: kwargs[name] for name in (*_LOCATION_ARGUMENTS, "trust_remote_code") if name in kwargs}
-        model = load_causal_lm(model_name_or_path, dtype="auto" if dtype is None else dtype, **kwargs)
-        return cls(model, load_tokenizer(model_name_or_path, **shared))
+        where = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
+        shared = where | {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+        asked = "auto" if dtype is None else dtype
+
+        def load() -> PreTrainedModel:
+            return load_causal_lm(model_name_or_path, dtype=asked, **kwargs)
+
+        changes = {name for name, value in kwargs.items() if value} - {*_LOCATION_ARGUMENTS}
+        streamed = not changes and not where.pop("gguf_file", None)
+        stored = find_stored_weights(model_name_or_path, asked, **where) if streamed else None
+        optimizer = cls(load() if stored is None else stored.model, load_tokenizer(model_name_or_path, **shared))
+        if stored is not None:
+            optimizer._weights, optimizer._load = stored, load
+        return optimizer
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model in memory, which is loaded whole if it is not there: dense before `optimize`, packed after."""
+        if self._load is not None:
+            self._weights, self._load = LoadedWeights(self._load()), None
+        return self._weights.model
 
     def optimize(
         self,
         save_dir: str | Path,
         config: NMConfig | None = None,
-        calibration: CalibrationSource = "wikitext2",
+        calibration: Calibration = "wikitext2",
         *,
         overwrite: bool = False,
+        restart: bool = False,
+        memory_budget: int | str | None = None,
         progress: bool = True,
         device: str | torch.device | None = None,
     ) -> SparsificationSummary:
@@ -70,27 +103,48 @@ class NMOptimizer:
         The model is changed in place: afterwards `self.model` is the packed model, and a second call needs a dense
         model again. An output layer that shares the embedding's weight gets its own copy if `config` packs it.
 
+        Every finished decoder block is on the disk, in the folder `.NAME.nm-partial` beside `save_dir`. If the process
+        ends early, however it does, the same call goes on after the last finished block, to the same bytes.
+
         Args:
             save_dir: the folder to create.
-            config: NMConfig() by default.
-            calibration: text file, .jsonl file, "wikitext2", "c4", list of strings, or `datasets` object.
+            config: NMConfig() by default. With `target_bits` the whole model is loaded to choose by.
+            calibration: text file, .jsonl file, "wikitext2", "c4", list of strings, or `datasets` object; "self" for
+                text that the model generates, for which all its weights are loaded; or a mixture, {source: share}.
             overwrite: replace `save_dir` if it is a model folder.
-            progress: show a progress bar over the decoder blocks.
+            restart: do not go on with an earlier run, but begin anew.
+            memory_budget: bytes ("4GB") that hidden states may take in memory; if they take more they live in the work
+                folder. None for any number.
+            progress: show a progress bar over the decoder blocks, and how much memory is going to be used.
             device: to compute on; where the model is by default.
 
         Raises:
-            NMError: an input is not usable; nothing is left at `save_dir`.
+            NMError: an input is not usable, in which case nothing is left at `save_dir`; or there is an earlier run for
+                `save_dir` with another configuration, model or calibration; or the disk is full.
+            KeyboardInterrupt: Ctrl-C, with a sentence that says how to go on.
         """
         config = self._checked(NMConfig() if config is None else config)
-        with output_folder(save_dir, overwrite) as folder:
-            config, summary = self.sparsify(config, calibration, progress=progress, device=device)
-            write_checkpoint(folder, self.model, self.tokenizer, config, summary)
+        budget = _bytes(memory_budget)
+        target = check_target(save_dir, overwrite)
+        with work_folder(target, restart) as work:
+            if device is not None:
+                self._weights.to(device)
+            windows = self._windows(config, calibration, progress)
+            work.begin(self._identity(config, windows))
+            config, allocation = self._chosen(config, windows, progress, work)
+            summary = sparsify_model(self._weights, windows, config, progress, work=work, memory_budget=budget)
+            summary.allocation = allocation
+            checkpoint = work.path / CHECKPOINT
+            write_checkpoint(checkpoint, self._weights.model, self.tokenizer, config, summary, work.tensors())
+            work.publish(target)
+        if self._load is not None:
+            self._load = partial(NMModelForCausalLM.from_pretrained, target)
         return summary
 
     def sparsify(
         self,
         config: NMConfig,
-        calibration: CalibrationSource = "wikitext2",
+        calibration: Calibration = "wikitext2",
         *,
         progress: bool = True,
         device: str | torch.device | None = None,
@@ -106,20 +160,13 @@ class NMOptimizer:
             `target_bits` made the choice; and the summary.
         """
         config = self._checked(config)
-        windows = calibration_windows(
-            read_documents(calibration),
-            self.tokenizer,
-            config.calibration_samples,
-            config.calibration_length,
-            config.seed,
-        )
-        self._check_tokens(windows)
+        model, allocation = self.model, None
         if device is not None:
-            self.model.to(device)  # type: ignore[arg-type]
-        model, allocation = self.model.eval(), None
+            self._weights.to(device)
+        windows = self._windows(config, calibration, progress)
         if config.target_bits is not None:
             config, allocation = allocate_layers(model, windows, config, progress)
-        summary = sparsify_model(model, windows, config, progress, solve)
+        summary = sparsify_model(self._weights, windows, config, progress, solve)
         summary.allocation = allocation
         return config, summary
 
@@ -129,19 +176,75 @@ class NMOptimizer:
         Raises:
             NMError: the model is not one that this configuration can be applied to.
         """
-        if getattr(self.model.config, "quantization_config", None) is not None:
-            raise NMError(f"{type(self.model).__name__} is already quantized; a dense model is needed.")
-        decoder_blocks(self.model)
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        model = self._weights.model
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise NMError(f"{type(model).__name__} is already quantized; a dense model is needed.")
+        decoder_blocks(model)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.calibration_length > longest:
             asked = config.calibration_length
             raise NMError(f"calibration_length is {asked}; the model reads at most {longest} tokens.")
-        return resolve_names(config, self.model)
+        return resolve_names(config, model)
 
-    def _check_tokens(self, windows: torch.Tensor) -> None:
-        weight = self.model.get_input_embeddings().weight
+    def _windows(self, config: NMConfig, calibration: Calibration, progress: bool) -> torch.Tensor:
+        model = self._weights.model
+        names = list(model.state_dict()) if runs_model(calibration) else []
+        self._weights.open(names)
+        windows = read_windows(
+            calibration,
+            model,
+            self.tokenizer,
+            config.calibration_samples,
+            config.calibration_length,
+            config.seed,
+            progress,
+        )
+        self._weights.close(names)
+        weight = model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
         if windows.max() >= len(weight):
             raise NMError(
                 f"the tokenizer gives token {windows.max()}, but the model's embedding has {len(weight)} rows."
             )
+        return windows
+
+    def _identity(self, config: NMConfig, windows: torch.Tensor) -> dict[str, str]:
+        """Digests of all that the result depends on, under the names users have for it."""
+        settings = json.dumps(config.to_dict()).encode()
+        return {
+            "configuration": hashlib.sha256(settings).hexdigest(),
+            "model": self._weights.digest(),
+            "calibration text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        }
+
+    def _chosen(
+        self, config: NMConfig, windows: torch.Tensor, progress: bool, work: WorkFolder
+    ) -> tuple[NMConfig, Allocation | None]:
+        """The configuration as it is applied: for `target_bits`, what is chosen by the whole model."""
+        if config.target_bits is None:
+            return config, None
+        manifest = work.manifest
+        assert manifest is not None
+        if manifest.chosen is not None:
+            saved = manifest.chosen
+            return NMConfig.from_dict(saved["config"]), Allocation.from_dict(saved["allocation"])
+        names = list(self._weights.model.state_dict())
+        self._weights.open(names)
+        config, allocation = allocate_layers(self._weights.model, windows, config, progress)
+        self._weights.close(names)
+        work.choose({"config": config.to_dict(), "allocation": asdict(allocation)})
+        return config, allocation
+
+
+def _bytes(size: int | str | None) -> int | None:
+    """The bytes of "4GB".
+
+    Raises:
+        NMError: it is not a size.
+    """
+    if size is None or isinstance(size, int):
+        return size
+    try:
+        return convert_file_size_to_int(size)
+    except ValueError:
+        raise NMError(f"memory_budget is {size!r}; it must be a number of bytes, as 4GB.") from None

@@ -6,6 +6,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from optimum_nm import NMConfig, NMLinear, NMModelForCausalLM, PackedWeight
 from optimum_nm.nn.convert import dense_weight, linear_layers, replace_linear
 from optimum_nm.nn.embedding import share_embedding
+from optimum_nm.packing.safetensors_files import read_header
+from optimum_nm.packing.tensor_files import write_tensors
+from optimum_nm.sparsify.tensor_order import arranged
 
 TOKENS = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 DIMENSIONS = TOKENS | {
@@ -60,6 +63,15 @@ def packed_checkpoint(
     model.config.quantization_config = packing.to_dict()
     model.to(stored_dtype).save_pretrained(folder, max_shard_size=shard)
     return NMModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def rearrange(folder):
+    """Put the tensors of model.safetensors into the order that NMOptimizer writes."""
+    file = folder / "model.safetensors"
+    locations = read_header(file)
+    with (folder / "arranged").open("wb") as stream:
+        write_tensors(stream, {name: locations[name] for name in arranged(locations, locations)})
+    (folder / "arranged").rename(file)
 
 
 def torch_logits(model, tokens):

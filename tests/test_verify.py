@@ -17,7 +17,8 @@ from optimum_nm.evaluate.verify import verify_checkpoint
 from optimum_nm.nn.skeleton import open_checkpoint
 from optimum_nm.onnx.operator import INPUT_NAMES, matmul_nm_node, packed_inputs
 from optimum_nm.optimizer import NMOptimizer
-from optimum_nm.sparsify.checkpoint import tensor_checksums
+from optimum_nm.packing.safetensors_files import locate_tensors
+from optimum_nm.packing.tensor_files import tensor_checksum
 
 LAYER = "model.layers.0.self_attn.o_proj"
 INTEGERS = "model.layers.0.mlp.down_proj"
@@ -81,7 +82,8 @@ def change(folder, change_tensors, refresh=True):
     change_tensors(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if refresh:
-        (folder / "nm_checksums.json").write_text(json.dumps(tensor_checksums(folder)))
+        checksums = {name: tensor_checksum(location) for name, location in locate_tensors(folder).items()}
+        (folder / "nm_checksums.json").write_text(json.dumps(checksums))
         (folder / "model.onnx").unlink()
 
 

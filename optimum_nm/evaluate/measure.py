@@ -6,13 +6,13 @@ Imports nothing but ONNX Runtime, so that the memory measured is the model's. Pr
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import NMError
+from ..memory import memory_bytes
 from ..runtime.session import session_options
 from .onnx_decoder import OnnxDecoder
 
@@ -53,17 +53,6 @@ def measure(path: Path, threads: int | None, vocabulary: int, prompt_tokens: int
 def prompt_tokens_of(vocabulary: int, count: int) -> list[int]:
     """Any tokens, but always the same."""
     return [(31 * index + 7) % vocabulary for index in range(count)]
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Memory of this process in RAM: now and at most; where the system only tells the latter, twice that."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return most, most
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    now, most = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return now, most
 
 
 if __name__ == "__main__":

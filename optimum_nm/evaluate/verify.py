@@ -18,8 +18,9 @@ from ..nn.convert import dense_weight, linear_layers
 from ..nn.skeleton import model_skeleton
 from ..packing.checkpoint import PackedCheckpoint
 from ..packing.packed_weight import TENSOR_NAMES, PackedWeight
+from ..packing.tensor_files import tensor_checksum
 from ..packing.values import FLOAT_DTYPES
-from ..sparsify.checkpoint import CHECKSUMS_FILE, tensor_checksum
+from ..sparsify.checkpoint import CHECKSUMS_FILE
 from .verify_onnx import onnx_problems
 
 

@@ -15,9 +15,9 @@ import torch
 from ..calibration.sources import read_documents
 from ..errors import NMError
 from ..evaluate.inspect import inspect_checkpoint
-from ..evaluate.measure import memory_bytes
 from ..evaluate.perplexity import evaluate_loaded, evaluate_torch
 from ..evaluate.whole_file import write_text
+from ..memory import memory_bytes
 from ..optimizer import NMOptimizer
 from .matrix import Row
 from .setting import Setting

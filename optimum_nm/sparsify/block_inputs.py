@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import NMError
+from .activations import Activations
 
 TOKENS_PER_BATCH = 4096
 
@@ -30,17 +31,26 @@ class BlockInputs:
         blocks: as `decoder_blocks` finds them.
         windows: token ids, int64 `[samples, length]`, on the CPU.
         batch_size: windows per batch; by default as many as make TOKENS_PER_BATCH.
+        hidden: empty; keeps the hidden states.
+        device: to compute on; the model's by default.
 
     Attributes:
         hidden: per batch `[batch, length, hidden_size]`, at first the inputs of block 0.
     """
 
     def __init__(
-        self, model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor, batch_size: int | None = None
+        self,
+        model: PreTrainedModel,
+        blocks: nn.ModuleList,
+        windows: Tensor,
+        batch_size: int | None = None,
+        hidden: Activations | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model, self.blocks = model, blocks
         self.batches = windows.split(batch_size or max(1, TOKENS_PER_BATCH // windows.shape[1]))
-        self.hidden: list[Tensor] = []
+        self.hidden = Activations() if hidden is None else hidden
+        self._device = model.device if device is None else device
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._forms = self._output_forms(windows[:1])
         known: list[Tensor] = []
@@ -73,13 +83,17 @@ class BlockInputs:
         Raises:
             NMError: an output is not finite.
         """
-        for batch in range(len(self.batches)):
-            self.hidden[batch] = self.run(index, batch)
-            if not torch.isfinite(self.hidden[batch]).all():
+
+        def output(batch: int) -> Tensor:
+            hidden = self.run(index, batch)
+            if not torch.isfinite(hidden).all():
                 raise NMError(
-                    f"decoder block {index} produces activations that are not finite in {self.hidden[batch].dtype}; "
+                    f"decoder block {index} produces activations that are not finite in {hidden.dtype}; "
                     "load the model with dtype='float32'."
                 )
+            return hidden
+
+        self.hidden.replace(output)
 
     def run_surroundings(self) -> None:
         """One forward pass per batch of what is not a block: embeddings, projections around the blocks, the logits.
@@ -107,38 +121,46 @@ class BlockInputs:
     def logits(self, batch: int, hidden: Tensor) -> Tensor:
         """The model's output for one batch, `[batch, length, vocabulary]`, if the last block's is `hidden`."""
         with self._idle_blocks([], final=hidden):
-            return self.model(input_ids=self.batches[batch].to(self.model.device), use_cache=False).logits
+            return self.model(input_ids=self.batches[batch].to(self._device), use_cache=False).logits
 
     def _forward(self, token_ids: Tensor) -> None:
         with suppress(_Reached):
-            self.model(input_ids=token_ids.to(self.model.device), use_cache=False)
+            self.model(input_ids=token_ids.to(self._device), use_cache=False)
 
     def _output_forms(self, window: Tensor) -> list[tuple[Any, ...] | None]:
-        """What each block returns beside the hidden states: None for a bare tensor, else the rest of the tuple."""
-        forms: list[tuple[Any, ...] | None] = []
+        """What each block returns beside the hidden states: None for a bare tensor, else the rest of the tuple.
 
-        def record(block: nn.Module, args: Any, output: Any) -> None:
-            forms.append(None if isinstance(output, Tensor) else tuple(output[1:]))
-            if block is self.blocks[-1]:
-                raise _Reached
+        Only the first block of each class is run to find out; the weights of no other are needed.
+        """
+        forms: dict[type[nn.Module], tuple[Any, ...] | None] = {}
+        run: list[int] = []
 
-        with ExitStack() as stack:
-            for block in self.blocks:
-                stack.enter_context(block.register_forward_hook(record))
+        def forward(index: int, block: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
+            def replacement(*args: Any, **kwargs: Any) -> Any:
+                run.append(index)
+                if type(block) not in forms:
+                    output = compute(*args, **kwargs)
+                    forms[type(block)] = None if isinstance(output, Tensor) else tuple(output[1:])
+                if index == len(self.blocks) - 1:
+                    raise _Reached
+                return _as_output(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], forms[type(block)])
+
+            return replacement
+
+        with self._replaced_forwards(forward):
             self._forward(window)
-        if len(forms) != len(self.blocks):
+        if run != list(range(len(self.blocks))):
             raise NMError(
-                f"model type {self.model.config.model_type!r} runs {len(forms)} of its {len(self.blocks)} decoder "
+                f"model type {self.model.config.model_type!r} runs {len(run)} of its {len(self.blocks)} decoder "
                 "blocks; each must run once, in order."
             )
-        return forms
+        return [forms[type(block)] for block in self.blocks]
 
-    @contextmanager
-    def _idle_blocks(self, calls: list[Any], final: Tensor | None = None) -> Iterator[None]:
+    def _idle_blocks(self, calls: list[Any], final: Tensor | None = None) -> AbstractContextManager[None]:
         """Blocks that only record their arguments in `calls`; the last one ends the pass unless `final` is given."""
         last = len(self.blocks) - 1
 
-        def idle(index: int) -> Any:
+        def idle(index: int, block: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 if final is None:
@@ -150,18 +172,26 @@ class BlockInputs:
                         raise _Reached
                 elif index == last:
                     hidden = final
-                form = self._forms[index]
-                return hidden if form is None else (hidden, *form)
+                return _as_output(hidden, self._forms[index])
 
             return forward
 
+        return self._replaced_forwards(idle)
+
+    @contextmanager
+    def _replaced_forwards(self, replace: Callable[[int, nn.Module, Callable[..., Any]], Any]) -> Iterator[None]:
+        """Blocks whose forward is `replace(index, block, its own forward)`."""
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = idle(index)  # type: ignore[method-assign]
+                block.forward = replace(index, block, block.forward)  # type: ignore[method-assign]
             yield
         finally:
             for block in self.blocks:
                 vars(block).pop("forward", None)
+
+
+def _as_output(hidden: Tensor, form: tuple[Any, ...] | None) -> Any:
+    return hidden if form is None else (hidden, *form)
 
 
 def _hidden_states(output: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,7 +52,7 @@ class _TrainedWeight:
 def finetune_block(
     inputs: BlockInputs,
     index: int,
-    targets: list[Tensor],
+    targets: Sequence[Tensor],
     solutions: dict[str, tuple[Solution, LayerConfig]],
     settings: FinetuneConfig,
     seed: int,

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..config import INTEGER_DTYPES, LayerConfig, NMConfig
+from ..config import NMConfig
 from ..errors import NMError
-from ..nn.convert import dense_weight, linear_layers, replace_linear, set_dense_weight, untie_output
+from ..memory import memory_bytes
+from ..nn.convert import linear_layers, untie_output
 from ..nn.embedding import check_shareable, share_embedding
-from ..nn.linear import NMLinear
-from ..packing.packed_weight import PackedWeight
+from ..nn.weights import Weights
+from ..packing.safetensors_files import TensorLocation
+from ..packing.tensor_files import read_tensor
+from .activations import Activations
 from .architectures import decoder_blocks, output_layer_name
+from .block import install_empty, sparsify_block, sparsify_outside
 from .block_inputs import BlockInputs
-from .equalize import fold_block
-from .finetune import finetune_block
-from .layer import LayerSolver, give_integers, needs_gram, pack_layer, solve_layer
-from .solvers import Solution
-from .statistics import InputStatistics, StatisticsCollector
+from .layer import LayerSolver, solve_layer
+from .memory_estimate import activation_bytes, estimate_bytes
 from .summary import BlockLoss, LayerSummary, SparsificationSummary
+from .work_folder import WorkFolder
 
 
 @torch.no_grad()
 def sparsify_model(
-    model: PreTrainedModel,
+    weights: Weights,
     windows: Tensor,
     config: NMConfig,
     progress: bool = True,
     solve: LayerSolver = solve_layer,
+    work: WorkFolder | None = None,
+    memory_budget: int | None = None,
 ) -> SparsificationSummary:
     """Replace every linear layer that `config` does not exclude by an NMLinear, in place.
 
@@ -42,50 +47,199 @@ def sparsify_model(
     Layers outside the blocks come last, on the inputs they then have.
 
     Args:
-        model: dense, in eval mode, on the device to compute on.
+        weights: of a dense model. Where they are streamed, no more than two blocks are in memory.
         windows: int64 `[samples, length]`.
         config: as `resolve_names` returns it.
         solve: prunes one layer; what it returns must fit the layer's configuration.
+        work: gets every block as soon as it is finished; those that it has already are not computed again. None to
+            keep the result in memory only.
+        memory_budget: bytes that hidden states may take in memory; if they take more they live in `work`. None for any
+            number.
 
     Raises:
         NMError: no decoder blocks, non-finite weights or activations, a value that its stored type cannot hold.
+        OSError: a file of `work` cannot be read or written.
     """
-    start = time.perf_counter()
-    blocks_name, blocks = decoder_blocks(model)
-    check_finite(model)
-    outside = {
-        name: module
-        for name, module in linear_layers(model).items()
-        if not name.startswith(f"{blocks_name}.") and config.layer(name) is not None
-    }
-    if config.share_embedding:
-        _check_tied(model, config)
-    for name in outside:
-        untie_output(model, name)
-    tuning = config.finetune_settings
-    inputs = BlockInputs(model, blocks, windows, tuning.batch_size if tuning else None)
-    dense = _DenseOutputs(inputs) if tuning and tuning.targets == "dense" else None
-    summary = SparsificationSummary()
-    with tqdm(total=len(blocks) + bool(outside), desc="Sparsifying", unit="block", disable=not progress) as bar:
-        for index in range(len(blocks)):
-            linears = {f"{blocks_name}.{index}.{name}": m for name, m in linear_layers(blocks[index]).items()}
-            layers, loss = _sparsify_block(model, index, linears, inputs, dense, config, solve)
-            summary.layers += layers
-            shown = {}
-            if layers:
-                shown["layer_error"] = f"{sum(layer.relative_error for layer in layers) / len(layers):.4f}"
-            if loss is not None:
-                summary.block_losses[index] = loss
-                shown["block_loss"] = f"{loss.before:.4f} → {loss.after:.4f}"
-            bar.set_postfix(shown, refresh=False)
+    run = _Run(weights, windows, config, work, memory_budget)
+    steps = len(run.blocks) + bool(run.outside)
+    with tqdm(total=steps, initial=run.done, desc="Sparsifying", unit="block", disable=not progress) as bar:
+        if progress:
+            bar.write(f"Memory: about {run.summary.estimated_bytes / 1e9:.1f} GB at most.", file=sys.stderr)
+        for index in range(run.done, len(run.blocks)):
+            bar.set_postfix(run.sparsify_block(index, solve), refresh=False)
             bar.update()
-        if outside:
-            summary.layers += _sparsify_outside(model, outside, inputs, config, solve)
-            bar.update()
-    if config.share_embedding:
-        share_embedding(model)
-    summary.seconds = time.perf_counter() - start
-    return summary
+        run.sparsify_outside(solve)
+        bar.update(bool(run.outside))
+    return run.summary
+
+
+class _Run:
+    """One pass over a model, from the first block that is not finished.
+
+    Attributes:
+        outside: the linear layers to pack that are in no block, by name.
+        done: how many blocks were finished before.
+    """
+
+    def __init__(
+        self, weights: Weights, windows: Tensor, config: NMConfig, work: WorkFolder | None, memory_budget: int | None
+    ) -> None:
+        self._mark = time.perf_counter()
+        self._weights, self._config, self._work = weights, config, work
+        self._model = model = weights.model
+        self._blocks_name, self.blocks = decoder_blocks(model)
+        linears = linear_layers(model)
+        self.outside = {
+            name: linears[name]
+            for name in linears
+            if not name.startswith(f"{self._blocks_name}.") and config.layer(name) is not None
+        }
+        if config.share_embedding:
+            _check_tied(model, config)
+        for name in self.outside:
+            untie_output(model, name)
+        self._names = list(model.state_dict())
+        self.done = 0 if work is None else min(work.done, len(self.blocks))
+        self.summary = SparsificationSummary()
+        spilled = memory_budget is not None and activation_bytes(model, windows, config) > memory_budget
+        spill = work.path if work is not None and spilled else None
+        self.summary.estimated_bytes = estimate_bytes(weights, self.blocks, windows, config, spill is not None)
+        self._hidden = Activations(spill, "hidden", weights.device)
+        tuning = config.finetune_settings
+        dense = tuning is not None and tuning.targets == "dense"
+        self._dense = Activations(spill, "dense", weights.device) if dense else None
+        self._targets = Activations(spill, "targets", weights.device) if tuning and not dense else None
+        self._inputs = self._record_inputs(windows)
+        if work is not None and self.done:
+            self._go_on(work)
+
+    def sparsify_block(self, index: int, solve: LayerSolver) -> dict[str, str]:
+        """Sparsify the next block; returns what there is to show about it."""
+        block = self.blocks[index]
+        self._weights.open(self._names_of(index))
+        if index + 1 < len(self.blocks):
+            self._weights.prefetch(self._names_of(index + 1))
+        layers, loss = sparsify_block(
+            self._model, index, self._linears_of(index), self._inputs, self._targets_of(index), self._config, solve
+        )
+        prefix = f"{self._blocks_name}.{index}."
+        self._finish({f"{prefix}{name}": tensor for name, tensor in block.state_dict().items()}, index, layers, loss)
+        self._weights.release(block)
+        shown = {}
+        if layers:
+            shown["layer_error"] = f"{sum(layer.relative_error for layer in layers) / len(layers):.4f}"
+        if loss is not None:
+            shown["block_loss"] = f"{loss.before:.4f} → {loss.after:.4f}"
+        return shown
+
+    def sparsify_outside(self, solve: LayerSolver) -> None:
+        """Sparsify what is in no block, after the last of them."""
+        finished = self._work is not None and self._work.done > len(self.blocks)
+        layers = []
+        if self.outside and not finished:
+            self._weights.open(self._surroundings)
+            layers = sparsify_outside(self._model, self.outside, self._inputs, self._config, solve)
+        if finished:
+            self._take_finished(len(self.blocks), self.outside)
+        if self._config.share_embedding:
+            share_embedding(self._model)
+        if not finished:
+            self._finish(self._outside_tensors(), len(self.blocks), layers, None)
+        left = self._model.state_dict()
+        self._weights.close(name for name in self._surroundings if name in left)
+        self.summary.peak_bytes = memory_bytes()[1]
+
+    def _names_of(self, index: int) -> list[str]:
+        prefix = f"{self._blocks_name}.{index}."
+        return [name for name in self._names if name.startswith(prefix)]
+
+    @property
+    def _surroundings(self) -> list[str]:
+        return [name for name in self._names if not name.startswith(f"{self._blocks_name}.")]
+
+    def _linears_of(self, index: int) -> dict[str, nn.Module]:
+        return {f"{self._blocks_name}.{index}.{name}": m for name, m in linear_layers(self.blocks[index]).items()}
+
+    def _record_inputs(self, windows: Tensor) -> BlockInputs:
+        """What blocks are called with; takes what is around them, but no output layer, and a block of each class."""
+        model, weights = self._model, self._weights
+        output = f"{output_layer_name(model)}."
+        needed = [name for name in self._surroundings if not name.startswith(output)]
+        weights.check(name for name in self._surroundings if name not in needed)
+        kinds = {type(block): index for index, block in reversed(list(enumerate(self.blocks)))}
+        needed += [name for index in kinds.values() for name in self._names_of(index)]
+        weights.open(needed)
+        tuning = self._config.finetune_settings
+        batch_size = tuning.batch_size if tuning else None
+        inputs = BlockInputs(model, self.blocks, windows, batch_size, self._hidden, weights.device)
+        weights.close(needed)
+        if self._dense is not None:
+            for hidden in self._hidden:
+                self._dense.append(hidden)
+        return inputs
+
+    def _targets_of(self, index: int) -> Activations | None:
+        """What fine-tuning of a block aims at, which must still be dense: see `block.sparsify_block`."""
+        if self._dense is not None:
+            dense = self._dense
+            dense.replace(lambda batch: self._inputs.run(index, batch, dense[batch]))
+            return dense
+        if self._targets is not None:
+            self._targets.clear()
+        return self._targets
+
+    def _finish(
+        self,
+        tensors: Mapping[str, Tensor | TensorLocation],
+        step: int,
+        layers: list[LayerSummary],
+        loss: BlockLoss | None,
+    ) -> None:
+        """Report on a block, or on what is in none, and make it durable."""
+        self._report(step, layers, loss)
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.summary.seconds += seconds
+        if self._work is not None:
+            activations = [self._hidden] if self._dense is None else [self._hidden, self._dense]
+            report = {"layers": [asdict(layer) for layer in layers], "loss": None if loss is None else asdict(loss)}
+            self._work.commit(tensors, report, activations, seconds)
+
+    def _report(self, step: int, layers: list[LayerSummary], loss: BlockLoss | None) -> None:
+        self.summary.layers += layers
+        if loss is not None:
+            self.summary.block_losses[step] = loss
+
+    def _outside_tensors(self) -> dict[str, Tensor | TensorLocation]:
+        """What is stored of what is in no block, tied tensors once."""
+        once: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            if not name.startswith(f"{self._blocks_name}."):
+                once.setdefault(id(tensor), (name, tensor))
+        return {name: self._weights.content(name, tensor) for name, tensor in once.values()}
+
+    def _go_on(self, work: WorkFolder) -> None:
+        """Take over what an earlier run has finished."""
+        assert work.manifest is not None
+        saved = work.manifest.activations
+        for activations in filter(None, (self._hidden, self._dense)):
+            activations.restore(work.path, saved[activations.name])
+        for index in range(self.done):
+            self._take_finished(index, self._linears_of(index))
+            self._weights.release(self.blocks[index])
+        self.summary.seconds = work.manifest.seconds
+
+    def _take_finished(self, step: int, linears: dict[str, nn.Module]) -> None:
+        """Put the packed layers of an earlier run into the model, with their tensors where the model is in memory."""
+        assert self._work is not None and self._work.manifest is not None
+        report = self._work.manifest.parts[step].report
+        layers = [LayerSummary(**{**layer, "shape": tuple(layer["shape"])}) for layer in report["layers"]]
+        self._report(step, layers, None if report["loss"] is None else BlockLoss(**report["loss"]))
+        install_empty(self._model, linears, self._config)
+        if not self._weights.streamed:
+            tensors = self._model.state_dict()
+            for name, location in self._work.part(step).items():
+                tensors[name].copy_(read_tensor(location))
 
 
 def resolve_names(config: NMConfig, model: PreTrainedModel) -> NMConfig:
@@ -111,169 +265,3 @@ def _check_tied(model: PreTrainedModel, config: NMConfig) -> None:
     check_shareable(model, None if output is None else config.layer(output))
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         raise NMError(f"share_embedding is set, but {type(model).__name__} does not tie its output layer; unset it.")
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise NMError naming the first parameter that has an element which is not finite."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NMError(f"{name} has elements that are not finite; every weight must be a finite number.")
-
-
-def _collector(linears: dict[str, nn.Module], inputs: BlockInputs, config: NMConfig) -> StatisticsCollector:
-    return StatisticsCollector(linears, needs_gram(config), len(inputs.batches), config.seed)
-
-
-class _DenseOutputs:
-    """The hidden states of the dense model, a block behind those of the sparse one."""
-
-    def __init__(self, inputs: BlockInputs) -> None:
-        self._inputs, self._hidden = inputs, list(inputs.hidden)
-
-    def advance(self, index: int) -> list[Tensor]:
-        """Per batch the output of block `index`, which must still be dense."""
-        self._hidden = [self._inputs.run(index, batch, hidden) for batch, hidden in enumerate(self._hidden)]
-        return self._hidden
-
-
-def _sparsify_block(
-    model: PreTrainedModel,
-    index: int,
-    linears: dict[str, nn.Module],
-    inputs: BlockInputs,
-    dense: _DenseOutputs | None,
-    config: NMConfig,
-    solve: LayerSolver,
-) -> tuple[list[LayerSummary], BlockLoss | None]:
-    targets = [] if dense is None else dense.advance(index)
-    keep_outputs = config.finetune is not None and dense is None
-    with _collector(linears, inputs, config) as collector:
-        for batch in range(len(inputs.batches)):
-            output = inputs.run(index, batch)
-            if keep_outputs:
-                targets.append(output)
-    statistics = collector.statistics()
-    folded: set[str] = set()
-    if config.equalization is not None and config.equalization_mode == "fold":
-        run = partial(inputs.run, index, 0)
-        folded = fold_block(inputs.blocks[index], linears, statistics, inputs.hidden[0], run, config.equalization)
-    solutions = _solve(linears, statistics, config, folded, solve)
-    loss = None
-    if config.finetune is not None and solutions:
-        solutions, loss = _finetune(index, linears, inputs, targets, statistics, solutions, config)
-    else:
-        solutions = _give_integers(linears, statistics, solutions, config)
-    packed, summaries = _pack(linears, statistics, solutions, config)
-    for name, weight in packed.items():
-        set_dense_weight(linears[name], weight.unpack().to(dense_weight(linears[name]).device))
-    inputs.advance(index)
-    _install(model, packed, linears)
-    return summaries, loss
-
-
-def _sparsify_outside(
-    model: PreTrainedModel, linears: dict[str, nn.Module], inputs: BlockInputs, config: NMConfig, solve: LayerSolver
-) -> list[LayerSummary]:
-    with _collector(linears, inputs, config) as collector:
-        inputs.run_surroundings()
-    statistics = collector.statistics()
-    solutions = _solve(linears, statistics, config, set(), solve)
-    solutions = _give_integers(linears, statistics, solutions, config)
-    packed, summaries = _pack(linears, statistics, solutions, config)
-    _install(model, packed, linears)
-    return summaries
-
-
-def _solve(
-    linears: dict[str, nn.Module],
-    statistics: dict[str, InputStatistics],
-    config: NMConfig,
-    folded: set[str],
-    solve: LayerSolver,
-) -> dict[str, Solution]:
-    """Of every layer that is not excluded, by full name."""
-    solutions: dict[str, Solution] = {}
-    for name, module in linears.items():
-        layer = config.layer(name)
-        if layer is not None:
-            weight = dense_weight(module).detach().float()
-            solutions[name] = solve(weight, statistics[name], layer, config, name in folded)
-    return solutions
-
-
-def _give_integers(
-    linears: dict[str, nn.Module],
-    statistics: dict[str, InputStatistics],
-    solutions: dict[str, Solution],
-    config: NMConfig,
-) -> dict[str, Solution]:
-    """Near the dense weights, where integers are stored."""
-    return {
-        name: give_integers(
-            dense_weight(linears[name]).detach().float(), solution, statistics[name], _layer(config, name), config
-        )
-        for name, solution in solutions.items()
-    }
-
-
-def _finetune(
-    index: int,
-    linears: dict[str, nn.Module],
-    inputs: BlockInputs,
-    targets: list[Tensor],
-    statistics: dict[str, InputStatistics],
-    solutions: dict[str, Solution],
-    config: NMConfig,
-) -> tuple[dict[str, Solution], BlockLoss]:
-    """Train floats; where integers are stored, make the trained weights such, and train these.
-
-    Integers trained from the start hardly move, and end where the solver put them; integers near trained floats keep
-    what was learned (docs/accuracy.md).
-    """
-    settings = config.finetune_settings
-    assert settings is not None
-    local_names = {module: name for name, module in inputs.blocks[index].named_modules()}
-    names = {name: local_names[linears[name]] for name in solutions}
-
-    def train(start: dict[str, Solution], layers: dict[str, LayerConfig]) -> tuple[dict[str, Solution], BlockLoss]:
-        local = {names[name]: (solution, layers[name]) for name, solution in start.items()}
-        tuned, loss = finetune_block(inputs, index, targets, local, settings, config.seed + index)
-        return {name: tuned[local_name] for name, local_name in names.items()}, loss
-
-    layers = {name: _layer(config, name) for name in solutions}
-    tuned, loss = train(solutions, {name: replace(layer, weight_dtype="float32") for name, layer in layers.items()})
-    if any(layer.weight_dtype in INTEGER_DTYPES for layer in layers.values()):
-        integers = {
-            name: give_integers(solution.weight, solution, statistics[name], layers[name], config)
-            for name, solution in tuned.items()
-        }
-        tuned, integer_loss = train(integers, layers)
-        loss = BlockLoss(loss.before, integer_loss.after)
-    return tuned, loss
-
-
-def _layer(config: NMConfig, name: str) -> LayerConfig:
-    layer = config.layer(name)
-    assert layer is not None
-    return layer
-
-
-def _pack(
-    linears: dict[str, nn.Module],
-    statistics: dict[str, InputStatistics],
-    solutions: dict[str, Solution],
-    config: NMConfig,
-) -> tuple[dict[str, PackedWeight], list[LayerSummary]]:
-    packed: dict[str, PackedWeight] = {}
-    summaries: list[LayerSummary] = []
-    for name, solution in solutions.items():
-        weight = dense_weight(linears[name]).detach().float()
-        packed[name], summary = pack_layer(name, weight, solution, statistics[name], _layer(config, name))
-        summaries.append(summary)
-    return packed, summaries
-
-
-def _install(model: PreTrainedModel, packed: dict[str, PackedWeight], linears: dict[str, nn.Module]) -> None:
-    for name, weight in packed.items():
-        linear = NMLinear.from_packed(weight, getattr(linears[name], "bias", None))
-        replace_linear(model, name, linear.to(device=dense_weight(linears[name]).device))

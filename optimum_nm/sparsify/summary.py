@@ -81,6 +81,11 @@ class Allocation:
     bits_per_weight: float
     layers: list[AllocatedLayer]
 
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Allocation:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**saved, "layers": [AllocatedLayer(**layer) for layer in saved["layers"]]})
+
     def __str__(self) -> str:
         header = f"{'layer type':<32}{'bits/weight':>20}{'sensitivity':>13}  chosen"
         lines = [f"{self.bits_per_weight:.3f} of {self.target_bits:g} bits per weight, allocated:", header]
@@ -103,13 +108,15 @@ class SparsificationSummary:
     """Every packed layer in the order of the model, and the seconds it took; `str()` is a table per layer type.
 
     `block_losses` holds, by the number of the decoder block, what fine-tuning did; `allocation`, what was chosen for
-    `target_bits`.
+    `target_bits`; `estimated_bytes` and `peak_bytes`, the memory that the process was to take at most, and did.
     """
 
     layers: list[LayerSummary] = field(default_factory=list)
     block_losses: dict[int, BlockLoss] = field(default_factory=dict)
     seconds: float = 0.0
     allocation: Allocation | None = None
+    estimated_bytes: int = 0
+    peak_bytes: int = 0
 
     def by_type(self) -> dict[str, dict[str, float]]:
         """Per layer type, and under "all": layers, weights, and the averages of the figures of LayerSummary.

@@ -1,0 +1,57 @@
+"""How much memory a run is going to take."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..config import NMConfig
+from ..memory import memory_bytes
+from ..nn.convert import dense_weight, linear_layers
+from ..nn.weights import Weights
+from .block_inputs import TOKENS_PER_BATCH
+from .layer import needs_gram
+
+FLOAT32 = 4
+SOLVER_COPIES = 8  # of the layer that is being solved, in float32
+TRAINING_COPIES = 8  # of a block's weights, in float32: masters, gradients, moments, the best so far, what is stored
+INTERMEDIATES = 4  # of a batch, as wide as the widest layer
+
+
+def activation_bytes(model: PreTrainedModel, windows: Tensor, config: NMConfig) -> int:
+    """Bytes of hidden states that live from block to block: the inputs, and the targets of fine-tuning."""
+    sets = 1 if config.finetune is None else 2
+    return sets * windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
+
+
+def estimate_bytes(weights: Weights, blocks: nn.ModuleList, windows: Tensor, config: NMConfig, spilled: bool) -> int:
+    """Memory of the process at most: what it has now, and what embeddings or, if it is more, the largest block adds.
+
+    A block adds its weights, with those of the next, where they are streamed; the solver's copies of its largest layer,
+    Gram matrices, the intermediate results of one batch, and training's copies. Hidden states that are not `spilled`
+    stay.
+    """
+    model, tuning = weights.model, config.finetune_settings
+    shapes = [[tuple(dense_weight(module).shape) for module in linear_layers(block).values()] for block in blocks]
+    size = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    layer = max(outputs * inputs for block in shapes for outputs, inputs in block)
+    widest = max(width for block in shapes for shape in block for width in shape)
+    tokens = tuning.batch_size * windows.shape[1] if tuning else max(TOKENS_PER_BATCH, windows.shape[1])
+    gram = max(map(_gram_elements, blocks)) if needs_gram(config) else 0
+    element = model.dtype.itemsize
+    block_bytes = (
+        2 * size * element * weights.streamed
+        + INTERMEDIATES * min(tokens, windows.numel()) * widest * element
+        + FLOAT32 * (SOLVER_COPIES * layer + gram + TRAINING_COPIES * size * (tuning is not None))
+    )
+    around = sum(parameter.numel() for parameter in model.parameters()) - sum(
+        parameter.numel() for block in blocks for parameter in block.parameters()
+    )
+    kept = 0 if spilled else activation_bytes(model, windows, config)
+    return memory_bytes()[0] + max(block_bytes, around * element * weights.streamed) + kept
+
+
+def _gram_elements(block: nn.Module) -> int:
+    """Layers of one module and one width share their inputs."""
+    inputs = {(name.rpartition(".")[0], dense_weight(module).shape[1]) for name, module in linear_layers(block).items()}
+    return sum(width**2 for _, width in inputs)

@@ -1,0 +1,305 @@
+"""What a run has finished, on the disk after every decoder block, so that the next one goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from ..errors import NMError
+from ..packing.safetensors_files import TensorLocation, read_header
+from ..packing.tensor_files import tensor_checksum, write_tensors
+from .activations import Activations
+
+CHECKPOINT = "checkpoint"
+_MANIFEST, _LOCK, _REPLACED = "manifest.json", "lock", "replaced"
+_FORMAT = 1
+
+
+@dataclass
+class Part:
+    """The tensors of one decoder block, or those outside all blocks, and what was reported about them."""
+
+    file: str
+    checksums: dict[str, str]
+    report: dict[str, Any]
+
+
+@dataclass
+class Manifest:
+    """All that a run needs to go on.
+
+    Attributes:
+        identity: digests by name of what the result depends on.
+        chosen: the configuration as it is applied, once it is known.
+        parts: in the order in which they were finished; one per block, then one for what lies outside them.
+        activations: by name, as `Activations.save` gives them: those after the last finished block.
+        seconds: that the finished parts took.
+        published: the checkpoint is whole and takes, or has taken, its name.
+    """
+
+    identity: dict[str, str]
+    format: int = _FORMAT
+    chosen: dict[str, Any] | None = None
+    parts: list[Part] = field(default_factory=list)
+    activations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: float = 0.0
+    published: bool = False
+
+
+class WorkFolder:
+    """A folder that only its files under their final names, and the manifest, make sense of: whatever moment a process
+    is killed at, the manifest names whole files.
+
+    Args:
+        path: exists already.
+
+    Attributes:
+        manifest: of this run, once it has begun; before, of the run that left the folder, or None.
+        begun: whether it has.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.begun = False
+        self.manifest: Manifest | None = None
+        file = path / _MANIFEST
+        try:
+            saved = json.loads(file.read_text())
+            self.manifest = Manifest(**{**saved, "parts": [Part(**part) for part in saved["parts"]]})
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, KeyError):
+            raise NMError(f"{file} is not readable; begin anew (--restart, restart=True).") from None
+
+    @property
+    def done(self) -> int:
+        """How many parts are finished."""
+        return 0 if self.manifest is None else len(self.manifest.parts)
+
+    def begin(self, identity: dict[str, str]) -> Manifest:
+        """Go on with the run that left the folder, or begin a new one.
+
+        Args:
+            identity: digests by name of what the result depends on.
+
+        Raises:
+            NMError: what is finished is of something else, or is damaged.
+        """
+        if self.manifest is not None:
+            other = [name for name, digest in identity.items() if self.manifest.identity.get(name) != digest]
+            if other or self.manifest.format != _FORMAT:
+                what = other[0] if other else "version of optimum-nm"
+                raise NMError(
+                    f"{self.path} holds {self.done} finished blocks of a run with another {what}; give what that run "
+                    "was given to go on, or begin anew (--restart, restart=True)."
+                )
+            self._check_parts()
+        else:
+            self.manifest = Manifest(identity)
+            self._write_manifest()
+        self.begun = True
+        return self.manifest
+
+    def choose(self, chosen: dict[str, Any]) -> None:
+        """Remember the configuration as it is applied."""
+        assert self.manifest is not None
+        self.manifest.chosen = chosen
+        self._write_manifest()
+
+    def commit(
+        self,
+        tensors: Mapping[str, Tensor | TensorLocation],
+        report: dict[str, Any],
+        activations: list[Activations],
+        seconds: float,
+    ) -> None:
+        """Make the next part durable: it is finished when this returns, and Ctrl-C waits until then.
+
+        Args:
+            tensors: what the checkpoint gets of it.
+            report: about it, as JSON has it.
+            activations: those after it.
+            seconds: that it took.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        assert self.manifest is not None
+        with without_interruption():
+            name = f"part-{self.done:05}.safetensors"
+            checksums: dict[str, str] = {}
+            with durable_file(self.path / name) as stream:
+                checksums |= write_tensors(stream, tensors)
+            self.manifest.activations = {each.name: each.save(self.path) for each in activations}
+            self.manifest.parts.append(Part(name, checksums, report))
+            self.manifest.seconds += seconds
+            self._write_manifest()
+            self._sweep()
+
+    def tensors(self) -> dict[str, tuple[TensorLocation, str]]:
+        """Place and checksum of every finished tensor."""
+        assert self.manifest is not None
+        found = {}
+        for part in self.manifest.parts:
+            for name, location in read_header(self.path / part.file).items():
+                found[name] = (location, part.checksums[name])
+        return found
+
+    def part(self, number: int) -> dict[str, TensorLocation]:
+        """The tensors of one finished part."""
+        assert self.manifest is not None
+        return read_header(self.path / self.manifest.parts[number].file)
+
+    def publish(self, target: Path) -> None:
+        """Give the checkpoint folder inside its name, in place of what has it, and remove the rest."""
+        assert self.manifest is not None
+        checkpoint = self.path / CHECKPOINT
+        for file in checkpoint.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(checkpoint)
+        self.manifest.published = True
+        self._write_manifest()
+        with without_interruption():
+            if target.exists():
+                shutil.rmtree(self.path / _REPLACED, ignore_errors=True)
+                target.rename(self.path / _REPLACED)
+            checkpoint.rename(target)
+            sync_folder(target.parent)
+            shutil.rmtree(self.path)
+
+    def is_left_over(self, target: Path) -> bool:
+        """Whether its checkpoint has taken its name, and only the removal of the rest was cut short."""
+        published = self.manifest is not None and self.manifest.published
+        return published and not (self.path / CHECKPOINT).exists() and target.exists()
+
+    def _check_parts(self) -> None:
+        for name, (location, checksum) in self.tensors().items():
+            if tensor_checksum(location) != checksum:
+                raise NMError(f"tensor {name!r} in {location.file} is damaged; begin anew (--restart, restart=True).")
+
+    def _write_manifest(self) -> None:
+        assert self.manifest is not None
+        with durable_file(self.path / _MANIFEST) as stream:
+            stream.write(json.dumps(asdict(self.manifest)).encode())
+
+    def _sweep(self) -> None:
+        """Remove the activations of blocks before the last finished one."""
+        assert self.manifest is not None
+        kept = {saved["file"] for saved in self.manifest.activations.values()}
+        names = {*self.manifest.activations, "targets"}
+        for file in self.path.iterdir():
+            if file.name.rpartition("-")[0] in names and file.name not in kept:
+                file.unlink()
+
+
+@contextmanager
+def work_folder(target: Path, restart: bool) -> Iterator[WorkFolder]:
+    """The folder `.NAME.nm-partial` beside `target`, for one process at a time.
+
+    An NMError, which another try would meet again, removes what the run has begun. After anything else that ends it
+    early the folder stays if a block is finished.
+
+    Args:
+        restart: forget what an earlier run has finished.
+
+    Raises:
+        NMError: the folder cannot be written, or another process is writing it.
+        KeyboardInterrupt: with a sentence that says how to go on.
+    """
+    path = target.with_name(f".{target.name}.nm-partial")
+    created = [parent for parent in target.parents if not parent.exists()]
+    work, useless = None, False
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with FileLock(path / _LOCK, timeout=0):
+            if restart or not (path / _MANIFEST).exists():
+                _clear(path)
+            work = WorkFolder(path)
+            try:
+                yield work
+            except NMError:
+                useless = work.begun
+                raise
+    except Timeout:
+        raise NMError(f"another process is writing {path}; wait until it ends.") from None
+    except OSError as error:
+        reason = ": ".join(filter(None, (error.filename and Path(error.filename).name, error.strerror)))
+        raise NMError(f"output folder {target} cannot be written ({reason}).{_how_to_go_on(work)}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted.{_how_to_go_on(work)}") from None
+    finally:
+        if work is not None and (useless or not work.done):
+            shutil.rmtree(path, ignore_errors=True)
+        for parent in created:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _clear(path: Path) -> None:
+    for file in path.iterdir():
+        if file.is_dir():
+            shutil.rmtree(file)
+        elif file.name != _LOCK:
+            file.unlink()
+
+
+def _how_to_go_on(work: WorkFolder | None) -> str:
+    if work is None or not work.done:
+        return ""
+    return f" {work.done} blocks are finished and kept in {work.path}; the same command goes on from there."
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there, on the disk, under its name, and whole, when the `with` block has ended well.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def without_interruption() -> Iterator[None]:
+    """Ctrl-C takes effect when the `with` block ends; only the main thread receives it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[object] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: received.append(None))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+    if received:
+        raise KeyboardInterrupt
