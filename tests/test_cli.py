@@ -13,6 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from optimum_nm import __main__ as program
+from optimum_nm import optimizer
+from optimum_nm.calibration.mixing import read_windows
 from optimum_nm.commands import COMMANDS
 
 QUICK = ["--calibration-samples", "2", "--calibration-length", "32"]
@@ -142,6 +144,25 @@ def test_sparsify_prints_a_table_and_where_the_model_is(cli, tiny_llama_folder, 
     assert output.splitlines()[-1].startswith(f"Written to {tmp_path}/out in ")
 
 
+def test_sparsify_mixes_sources_by_their_shares(cli, tiny_llama_folder, articles, tmp_path, monkeypatch):
+    mixtures = []
+
+    def read(calibration, *rest):
+        mixtures.append(calibration)
+        return read_windows(calibration, *rest)
+
+    monkeypatch.setattr(optimizer, "read_windows", read)
+    arguments = ["--model", tiny_llama_folder, *QUICK]
+    odd = tmp_path / "name=1"
+    odd.write_text(Path(articles).read_text())
+    for number, sources in enumerate((["self"], [articles], ["self=0.5", f"{articles}=0.5"], ["self", odd])):
+        status, _, _ = cli("sparsify", *arguments, "--output", tmp_path / str(number), "--calibration", *sources)
+        assert status == 0
+    assert mixtures == ["self", str(articles), {"self": 0.5, str(articles): 0.5}, {"self": 1, str(odd): 1}]
+    tensors = {number: (tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(4)}
+    assert len(set(tensors.values())) == 3  # two mixtures are the same
+
+
 def test_sparsify_json_and_its_options(cli, tiny_llama_folder, articles, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"pattern": "2:4", "weight_dtype": "bfloat16"}))
     arguments = [
@@ -241,6 +262,9 @@ def test_export_to_another_folder(cli, packed, tmp_path):
         (["--exclude", "*"], ["leaves no linear layer"]),
         (["--share-embedding"], ["share"]),
         (["--calibration", "missing.txt"], ["'missing.txt' is neither a file nor one of wikitext2, c4"]),
+        (["--calibration", "self=some", "c4=0.5"], ["'self=some' has share 'some'"]),
+        (["--calibration", "self=1", "c4=-1"], ["'c4' has share -1.0; it must be a number above 0"]),
+        (["--swaps", "-1"], ["swaps is -1"]),
         (["--config", "missing.json"], ["missing.json cannot be read"]),
         (["--device", "abacus"], ["device 'abacus'"]),
         (["--model", "nowhere"], ["nowhere cannot be loaded as a causal language model"]),

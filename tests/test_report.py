@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -89,6 +90,18 @@ def test_rows_have_the_perplexity_and_size_that_evaluate_and_inspect_give(run, m
         assert f"| {totals['bits_per_weight']:.3f} |" in line and f"| {alone.perplexity:.3f} |" in line
     assert "bits_per_weight" not in report.results["anywhere"] and report.results["anywhere"]["summary"]["layers"]
     assert len(list((tmp_path / "report" / "checkpoints").iterdir())) == 2
+
+
+def test_mixture_is_part_of_what_a_result_depends_on(run, measured, text):
+    rows = {"8:16": {}}
+    first = run(rows, calibration={"self": 1, (text,): 1})
+    assert [Path(source).suffix for source in first.setting.calibration] == ["", ".jsonl"]
+    assert set(first.setting.calibration.values()) == {1}
+    run(rows, calibration={"self": 1, (text,): 1})
+    assert measured == [DENSE.name, "8:16"]
+    run(rows, calibration="self")
+    run(rows, calibration={"self": 0.25, (text,): 0.75})
+    assert measured == [DENSE.name, "8:16"] * 3
 
 
 def test_interrupted_run_goes_on_and_measures_nothing_twice(run, measured, tmp_path):

@@ -43,7 +43,7 @@ def read_windows(
     """
 
     def read(source: CalibrationSource, count: int) -> Tensor:
-        if _is_self(source):
+        if is_self(source):
             return generate_windows(model, tokenizer, count, length, seed, progress)
         return calibration_windows(read_documents(source), tokenizer, count, length, seed)
 
@@ -56,10 +56,11 @@ def read_windows(
 
 def runs_model(calibration: Calibration) -> bool:
     """Whether `read_windows` needs the weights of the model."""
-    return SELF in calibration if isinstance(calibration, Mapping) else _is_self(calibration)
+    return SELF in calibration if isinstance(calibration, Mapping) else is_self(calibration)
 
 
-def _is_self(source: CalibrationSource) -> bool:
+def is_self(source: CalibrationSource) -> bool:
+    """Whether the source is the model itself."""
     return isinstance(source, str) and source == SELF
 
 

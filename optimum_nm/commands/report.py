@@ -7,6 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import CommandInfo
 
+from .calibration_option import add_calibration_option, read_calibration
 from .command import Command, Outcome, check_device, positive, split_gguf
 from .config_options import add_config_options, given_fields
 
@@ -28,15 +29,12 @@ class ReportCommand(Command):
             default=SUPPRESS,
             help="folder of the report; what it holds of an earlier run is not measured again",
         )
-        parser.add_argument(
-            "--calibration",
-            default="wikitext2",
-            help="text to calibrate on: a text file, a .jsonl file with a text field, or the dataset wikitext2 or c4",
-        )
+        add_calibration_option(parser)
         parser.add_argument(
             "--text",
             default="wikitext2",
-            help="held-out text to predict: as --calibration, the test split of a named dataset",
+            help="held-out text to predict: a text file, a .jsonl file with a text field, or wikitext2 or c4, of which "
+            "the test split is read",
         )
         parser.add_argument(
             "--matrix",
@@ -86,7 +84,7 @@ class ReportCommand(Command):
             model,
             matrix,
             args.output,
-            calibration=args.calibration,
+            calibration=read_calibration(args.calibration),
             text=args.text,
             only=args.only,
             keep=args.keep,

@@ -6,6 +6,8 @@ from argparse import SUPPRESS, ArgumentParser
 
 from optimum.commands.base import CommandInfo
 
+from ..errors import NMError
+from .calibration_option import add_calibration_option, read_calibration
 from .command import Command, Outcome, check_device, split_gguf
 from .config_options import add_config_options, read_config
 
@@ -22,12 +24,16 @@ class SparsifyCommand(Command):
             help="dense causal language model: a folder, a name on the Hugging Face Hub, or a .gguf file",
         )
         parser.add_argument("--output", required=True, default=SUPPRESS, help="checkpoint folder to create")
-        parser.add_argument(
-            "--calibration",
-            default="wikitext2",
-            help="text to calibrate on: a text file, a .jsonl file with a text field, or the dataset wikitext2 or c4",
-        )
+        add_calibration_option(parser)
         parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is a model's")
+        parser.add_argument(
+            "--restart", action="store_true", help="begin anew instead of going on with a run that ended early"
+        )
+        parser.add_argument(
+            "--memory-budget",
+            metavar="SIZE",
+            help="what hidden states may take in memory, as 4GB; if they take more, they live on the disk",
+        )
         parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
         parser.add_argument(
             "--dtype",
@@ -47,13 +53,20 @@ class SparsifyCommand(Command):
         optimizer = NMOptimizer.from_pretrained(
             name, dtype=self.args.dtype, trust_remote_code=self.args.trust_remote_code, **location
         )
-        summary = optimizer.optimize(
-            self.args.output,
-            config,
-            self.args.calibration,
-            overwrite=self.args.overwrite,
-            device=self.args.device,
-        )
-        written = f"Written to {self.args.output} in {summary.seconds:.0f} s."
-        data = {"output": self.args.output, "seconds": summary.seconds, **summary.to_dict()}
+        try:
+            summary = optimizer.optimize(
+                self.args.output,
+                config,
+                read_calibration(self.args.calibration),
+                overwrite=self.args.overwrite,
+                restart=self.args.restart,
+                memory_budget=self.args.memory_budget,
+                device=self.args.device,
+            )
+        except KeyboardInterrupt as interrupt:
+            raise NMError(str(interrupt)) from None
+        memory = f"{summary.peak_bytes / 1e9:.1f} GB of memory at most"
+        written = f"Written to {self.args.output} in {summary.seconds:.0f} s, with {memory}."
+        measured = {"seconds": summary.seconds, "peak_bytes": summary.peak_bytes}
+        data = {"output": self.args.output, **measured, **summary.to_dict()}
         return Outcome(f"{summary}\n{written}", data)

@@ -13,10 +13,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..calibration.mixing import Calibration
 from ..calibration.sources import CalibrationSource, read_documents
 from ..errors import NMError
 from .matrix import Matrix, Row
-from .setting import Setting, store_documents
+from .setting import Setting, store_calibration, store_documents
 
 DENSE = Row("dense", None)  # what every report measures, and every ratio refers to
 
@@ -80,7 +81,7 @@ def run_report(
     matrix: Matrix,
     output: str | Path,
     *,
-    calibration: CalibrationSource = "wikitext2",
+    calibration: Calibration = "wikitext2",
     text: CalibrationSource = "wikitext2",
     only: list[str] | None = None,
     keep: bool = False,
@@ -93,7 +94,7 @@ def run_report(
     Args:
         model: dense causal language model, a folder or a name on the Hugging Face Hub.
         output: folder of the report.
-        calibration: text to calibrate on; the training split of a named dataset.
+        calibration: as of `NMOptimizer.optimize`; what is text is read once.
         text: held-out text; the test split of a named dataset.
         only: shell wildcards of rows or tables; None for all.
         keep: leave the packed models in `output`/checkpoints.
@@ -106,7 +107,7 @@ def run_report(
     folder = ReportFolder(output)
     shared = Setting(
         model,
-        calibration=store_documents(read_documents(calibration), folder.texts),
+        calibration=store_calibration(calibration, folder.texts),
         text=store_documents(read_documents(text, "evaluation"), folder.texts),
         **setting,
     )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..calibration.mixing import SELF, Calibration, is_self
+from ..calibration.sources import CalibrationSource, read_documents
 from ..evaluate.dense_variants import file_states
 from ..evaluate.whole_file import write_text
 from .matrix import Row
@@ -22,7 +25,8 @@ class Setting:
 
     Attributes:
         model: dense causal language model, a folder or a name on the Hugging Face Hub.
-        calibration, text: .jsonl files named after what they hold, as `store_documents` writes them.
+        calibration, text: .jsonl files named after what they hold, as `store_documents` writes them; calibration also
+            "self", or {either: share}.
         window, stride, tokens: of the held-out text, as of `optimum_nm.evaluate.perplexity`.
         device: where to compute.
         dtype: to load the model in for sparsification; None for the checkpoint's own.
@@ -30,7 +34,7 @@ class Setting:
     """
 
     model: str
-    calibration: str
+    calibration: str | dict[str, float]
     text: str
     window: int = 1024
     stride: int | None = None
@@ -49,7 +53,7 @@ class Setting:
     def identity(self, row: Row) -> dict[str, Any]:
         """Everything that a row's result depends on."""
         files = file_states(self.model)
-        names = {"calibration": Path(self.calibration).name, "text": Path(self.text).name}
+        names: dict[str, Any] = {"calibration": self._calibration_names(), "text": Path(self.text).name}
         names["model"] = Path(self.model).resolve().name if files else self.model
         return {
             "row": row.to_dict(),
@@ -58,9 +62,25 @@ class Setting:
             "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         }
 
+    def _calibration_names(self) -> str | dict[str, float]:
+        if isinstance(self.calibration, dict):
+            return {Path(source).name: share for source, share in self.calibration.items()}
+        return Path(self.calibration).name
+
     def key(self, row: Row) -> str:
         """The digest of `identity`."""
         return _digest(json.dumps(self.identity(row), sort_keys=True))
+
+
+def store_calibration(calibration: Calibration, folder: Path) -> str | dict[str, float]:
+    """`calibration` with every text in it stored by `store_documents`."""
+    if isinstance(calibration, Mapping):
+        return {_stored(source, folder): share for source, share in calibration.items()}
+    return _stored(calibration, folder)
+
+
+def _stored(source: CalibrationSource, folder: Path) -> str:
+    return SELF if is_self(source) else store_documents(read_documents(source), folder)
 
 
 def store_documents(documents: list[str], folder: Path) -> str:
