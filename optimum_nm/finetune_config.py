@@ -1,20 +1,22 @@
-"""Settings of blockwise fine-tuning."""
+"""Settings of what is trained: blockwise fine-tuning, and distillation of the whole model."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from .errors import NMError
 
 SCHEDULES = ("cosine", "linear")
 TARGETS = ("sparse", "dense")
 
+Settings = TypeVar("Settings", bound="TrainingConfig")
+
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """How each decoder block is fine-tuned after its layers are solved, its masks staying as they are.
+class TrainingConfig:
+    """How weights are trained whose masks stay as they are.
 
     Args:
         epochs: passes over the calibration windows.
@@ -22,9 +24,6 @@ class FinetuneConfig:
         weight_decay: of the weights; norms and biases have none.
         batch_size: windows per step.
         schedule: "cosine" or "linear" decay of the learning rate to 0.
-        targets: what a block should give: "sparse", what the dense block does on the inputs that the sparse blocks
-            before it produce (EBFT), or "dense", what it does in the dense model, so that later blocks make up for
-            errors of earlier ones.
         train_norms: train norms and biases too.
         holdout: share of the windows that measure and do not train; the best epoch on them is what stays, and two
             epochs without gain end the training. 0 for none.
@@ -33,27 +32,27 @@ class FinetuneConfig:
         NMError: a value is outside the above.
     """
 
+    FIELD: ClassVar[str]  # of NMConfig
+
     epochs: int = 5
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     batch_size: int = 2
     schedule: str = "cosine"
-    targets: str = "sparse"
     train_norms: bool = True
     holdout: float = 0.125
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            _require(name, getattr(self, name), int, "a whole number above 0", lambda value: value >= 1)
-        _require("learning_rate", self.learning_rate, float, "a number above 0", lambda value: value > 0)
-        _require("weight_decay", self.weight_decay, float, "a number, 0 or more", lambda value: value >= 0)
-        _require("holdout", self.holdout, float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
-        _require("train_norms", self.train_norms, bool, "true or false", lambda value: True)
-        for name, choices in (("schedule", SCHEDULES), ("targets", TARGETS)):
-            _require(name, getattr(self, name), str, f"one of {', '.join(choices)}", choices.__contains__)
+            self._require(name, int, "a whole number above 0", lambda value: value >= 1)
+        self._require("learning_rate", float, "a number above 0", lambda value: value > 0)
+        self._require("weight_decay", float, "a number, 0 or more", lambda value: value >= 0)
+        self._require("holdout", float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+        self._require("train_norms", bool, "true or false", lambda value: True)
+        self._require("schedule", str, f"one of {', '.join(SCHEDULES)}", SCHEDULES.__contains__)
 
     @classmethod
-    def from_dict(cls, values: Any) -> FinetuneConfig:
+    def from_dict(cls: type[Settings], values: Any) -> Settings:
         """From a dictionary with some or all of the fields.
 
         Raises:
@@ -61,14 +60,49 @@ class FinetuneConfig:
         """
         fields = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict):
-            raise NMError(f"finetune is {values!r}; it must be settings by name, as {{'epochs': 5}}, or None.")
+            raise NMError(f"{cls.FIELD} is {values!r}; it must be settings by name, as {{'epochs': 5}}, or None.")
         for name in values:
             if name not in fields:
-                raise NMError(f"finetune sets {name!r}; it may set {', '.join(fields)}.")
+                raise NMError(f"{cls.FIELD} sets {name!r}; it may set {', '.join(fields)}.")
         return cls(**values)
 
+    def _require(self, name: str, kind: type, wanted: str, allowed: Any) -> None:
+        value = getattr(self, name)
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)) or not allowed(value):
+            raise NMError(f"{self.FIELD}'s {name} is {value!r}; it must be {wanted}.")
 
-def _require(name: str, value: Any, kind: type, wanted: str, allowed: Any) -> None:
-    kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)) or not allowed(value):
-        raise NMError(f"finetune's {name} is {value!r}; it must be {wanted}.")
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainingConfig):
+    """How each decoder block is fine-tuned after its layers are solved: as TrainingConfig says, and
+
+    Args:
+        targets: what a block should give: "sparse", what the dense block does on the inputs that the sparse blocks
+            before it produce (EBFT), or "dense", what it does in the dense model, so that later blocks make up for
+            errors of earlier ones.
+
+    Raises:
+        NMError: a value is outside the above.
+    """
+
+    FIELD: ClassVar[str] = "finetune"
+
+    targets: str = "sparse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("targets", str, f"one of {', '.join(TARGETS)}", TARGETS.__contains__)
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainingConfig):
+    """How the whole packed model is trained, last of all, to predict what the dense one does: as TrainingConfig says,
+    with defaults of its own.
+    """
+
+    FIELD: ClassVar[str] = "distill"
+
+    epochs: int = 1
+    learning_rate: float = 1e-4
+    batch_size: int = 1
