@@ -61,13 +61,15 @@ def test_changes_type_with_the_model(tmp_path, tiny_llama_folder, text):
     assert model.get_input_embeddings().to(torch.float32)(torch.tensor([1])).dtype == torch.float32
 
 
-def test_dequantizes_to_a_plain_embedding(tmp_path, tiny_llama_folder, text):
+def test_dequantizes_to_a_plain_embedding_tied_to_the_output_layer(tmp_path, tiny_llama_folder, text):
     shared(tmp_path / "out", tiny_llama_folder, text)
     model = NMModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = torch.tensor([[1, 2, 3]])
     expected = model(tokens).logits
     dense = model.dequantize()
     assert type(dense.get_input_embeddings()) is torch.nn.Embedding
+    assert dense.get_input_embeddings().weight is dense.get_output_embeddings().weight
+    assert dense.config.tie_word_embeddings
     torch.testing.assert_close(dense(tokens).logits, expected, atol=1e-4, rtol=1e-4)
 
 

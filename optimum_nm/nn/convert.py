@@ -59,6 +59,16 @@ def untie_output(model: PreTrainedModel, name: str) -> None:
     weight, module = model.get_input_embeddings().weight, model.get_submodule(name)
     if module.weight is weight and isinstance(weight, Tensor):
         module.weight = nn.Parameter(weight.detach().clone())
-        model_config: Any = model.config
-        for config in (model_config, model_config.get_text_config()):
-            config.tie_word_embeddings = False
+        _say_tied(model, False)
+
+
+def tie_output(model: PreTrainedModel) -> None:
+    """Let the output layer use the input embedding's weight, and say so in the config."""
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    _say_tied(model, True)
+
+
+def _say_tied(model: PreTrainedModel, tied: bool) -> None:
+    model_config: Any = model.config
+    for config in (model_config, model_config.get_text_config()):
+        config.tie_word_embeddings = tied

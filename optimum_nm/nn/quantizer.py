@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import QUANT_METHOD, NMConfig
 from ..packing.checkpoint import PackedCheckpoint
-from .convert import dense_weight, linear_layers, replace_linear, set_dense_weight
+from .convert import dense_weight, linear_layers, replace_linear, set_dense_weight, tie_output
 from .embedding import NMEmbedding, check_shareable, share_embedding
 from .linear import NMLinear
 
@@ -96,11 +96,14 @@ class NMQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # 5.x gives a name
         with torch.device("meta"):
             skeleton = type(model)(model.config)
+        shares_embedding = isinstance(model.get_input_embeddings(), NMEmbedding)
         for name, module in list(model.named_modules()):
             if isinstance(module, NMEmbedding):
                 replace_linear(model, name, _dense_embedding(module, dtype))
             elif isinstance(module, NMLinear):
                 replace_linear(model, name, _dense_layer(module, skeleton.get_submodule(name), dtype))
+        if shares_embedding:
+            tie_output(model)
         return model
 
 
