@@ -26,7 +26,7 @@ from .sparsify.checkpoint import check_target, write_checkpoint
 from .sparsify.layer import LayerSolver, solve_layer
 from .sparsify.pipeline import resolve_names, sparsify_model
 from .sparsify.summary import Allocation, SparsificationSummary
-from .sparsify.work_folder import CHECKPOINT, WorkFolder, work_folder
+from .sparsify.work_folder import WorkFolder, remove_left_over, work_folder
 
 # Arguments of from_pretrained that say where the files are; the tokenizer is looked for in the same place.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -125,6 +125,7 @@ class NMOptimizer:
         """
         config = self._checked(NMConfig() if config is None else config)
         budget = _bytes(memory_budget)
+        remove_left_over(Path(save_dir).expanduser().absolute())
         target = check_target(save_dir, overwrite)
         with work_folder(target, restart) as work:
             if device is not None:
@@ -134,8 +135,9 @@ class NMOptimizer:
             config, allocation = self._chosen(config, windows, progress, work)
             summary = sparsify_model(self._weights, windows, config, progress, work=work, memory_budget=budget)
             summary.allocation = allocation
-            checkpoint = work.path / CHECKPOINT
-            write_checkpoint(checkpoint, self._weights.model, self.tokenizer, config, summary, work.tensors())
+            write_checkpoint(
+                work.new_checkpoint(), self._weights.model, self.tokenizer, config, summary, work.tensors()
+            )
             work.publish(target)
         if self._load is not None:
             self._load = partial(NMModelForCausalLM.from_pretrained, target)

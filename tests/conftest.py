@@ -30,6 +30,10 @@ WORDS = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="how often test_resume.py kills a run (30 for a soak)")
+
+
 def prose(words: int, seed: int = 0) -> str:
     """Sentences drawn at random from a few words."""
     generator = random.Random(seed)

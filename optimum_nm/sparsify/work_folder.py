@@ -21,8 +21,7 @@ from ..packing.safetensors_files import TensorLocation, read_header
 from ..packing.tensor_files import tensor_checksum, write_tensors
 from .activations import Activations
 
-CHECKPOINT = "checkpoint"
-_MANIFEST, _LOCK, _REPLACED = "manifest.json", "lock", "replaced"
+_MANIFEST, _LOCK, _CHECKPOINT, _REPLACED = "manifest.json", "lock", "checkpoint", "replaced"
 _FORMAT = 1
 
 
@@ -161,10 +160,15 @@ class WorkFolder:
         assert self.manifest is not None
         return read_header(self.path / self.manifest.parts[number].file)
 
+    def new_checkpoint(self) -> Path:
+        """The path of a folder to be made inside, which has the checkpoint until it is published."""
+        shutil.rmtree(self.path / _CHECKPOINT, ignore_errors=True)
+        return self.path / _CHECKPOINT
+
     def publish(self, target: Path) -> None:
         """Give the checkpoint folder inside its name, in place of what has it, and remove the rest."""
         assert self.manifest is not None
-        checkpoint = self.path / CHECKPOINT
+        checkpoint = self.path / _CHECKPOINT
         for file in checkpoint.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -178,11 +182,6 @@ class WorkFolder:
             checkpoint.rename(target)
             sync_folder(target.parent)
             shutil.rmtree(self.path)
-
-    def is_left_over(self, target: Path) -> bool:
-        """Whether its checkpoint has taken its name, and only the removal of the rest was cut short."""
-        published = self.manifest is not None and self.manifest.published
-        return published and not (self.path / CHECKPOINT).exists() and target.exists()
 
     def _check_parts(self) -> None:
         for name, (location, checksum) in self.tensors().items():
@@ -218,7 +217,7 @@ def work_folder(target: Path, restart: bool) -> Iterator[WorkFolder]:
         NMError: the folder cannot be written, or another process is writing it.
         KeyboardInterrupt: with a sentence that says how to go on.
     """
-    path = target.with_name(f".{target.name}.nm-partial")
+    path = _path(target)
     created = [parent for parent in target.parents if not parent.exists()]
     work, useless = None, False
     try:
@@ -245,6 +244,19 @@ def work_folder(target: Path, restart: bool) -> Iterator[WorkFolder]:
         for parent in created:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def remove_left_over(target: Path) -> None:
+    """Remove the folder of a run whose checkpoint has taken its name, where only this was cut short."""
+    path = _path(target)
+    if (path / _MANIFEST).exists() and target.exists() and not (path / _CHECKPOINT).exists():
+        manifest = WorkFolder(path).manifest
+        if manifest is not None and manifest.published:
+            shutil.rmtree(path)
+
+
+def _path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.nm-partial")
 
 
 def _clear(path: Path) -> None:
