@@ -114,6 +114,26 @@ class Totals {
   __m256 lanes_[R];
 };
 
+// The kept columns of a step.
+NM_PIECE __m256i Pick(const uint8_t* step, __m256i index) {
+  return _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(step), index),
+                            _mm256_shuffle_epi8(Load256(step + kStep / 2), index), 0xcc);
+}
+
+// The sum of a step that ends a row, in row r of the totals, and the sums of a pair, that many pairs after the present
+// one.
+template <int unit, int R>
+NM_PIECE void AddStep(Totals<R>& totals, int r, __m256i sum, int first_unit, __m256i by_lane) {
+  if constexpr (unit == 32) totals.AddTwo(r, sum, first_unit, by_lane);
+  if constexpr (unit != 32) totals.Add(r, sum, first_unit);
+}
+template <int unit, int R>
+NM_PIECE void AddPair(Totals<R>& totals, int r, const __m256i (&sums)[2], int pair, __m256i by_lane) {
+  const int first_unit = pair * (kPair / unit);
+  AddStep<unit>(totals, r, sums[0], first_unit, by_lane);
+  if constexpr (unit != 128) AddStep<unit>(totals, r, sums[1], first_unit + kStep / unit, by_lane);
+}
+
 // Positions: indices of vpshufb. The lanes of a sum are the first and the last 32 columns of its step.
 template <class Pairs, class Values, int unit, int R>
 NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const uint8_t* values, int64_t pairs,
@@ -123,30 +143,15 @@ NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const ui
   Totals<R> totals(rows);
   const uint8_t* a = rows.a;
   const int64_t a_stride = rows.a_stride;
-  const auto pick = [](const uint8_t* step, __m256i index) __attribute__((always_inline)) {
-    return _mm256_blend_epi32(_mm256_shuffle_epi8(Load256(step), index),
-                              _mm256_shuffle_epi8(Load256(step + kStep / 2), index), 0xcc);
-  };
   const auto turn = [&](const Indices& indices, int pair) __attribute__((always_inline)) {
     __m256i kept[R][2], sums[R][2];
     for (int r = 0; r < R; ++r) {
       const uint8_t* step = a + pair * kPair + r * a_stride;
-      kept[r][0] = pick(step, indices.first);
-      kept[r][1] = pick(step + kStep, indices.second);
+      kept[r][0] = Pick(step, indices.first);
+      kept[r][1] = Pick(step + kStep, indices.second);
     }
     Values::template Multiply<joined>(values + pair * Values::kBytes, kept, sums);
-    const int first_unit = pair * (kPair / unit);
-    for (int r = 0; r < R; ++r) {
-      if constexpr (unit == 128) {
-        totals.Add(r, sums[r][0], first_unit);
-      } else if constexpr (unit == 64) {
-        totals.Add(r, sums[r][0], first_unit);
-        totals.Add(r, sums[r][1], first_unit + 1);
-      } else {
-        totals.AddTwo(r, sums[r][0], first_unit, by_lane);
-        totals.AddTwo(r, sums[r][1], first_unit + 2, by_lane);
-      }
-    }
+    for (int r = 0; r < R; ++r) AddPair<unit>(totals, r, sums[r], pair, by_lane);
   };
   Indices even = Pairs::Load(positions, table), odd = even;
   for (; pairs > 2; pairs -= 2) {
@@ -174,9 +179,67 @@ NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const ui
     Prefetch(positions);
     const int first_unit = static_cast<int>(pairs) * (kPair / unit);
     for (int r = 0; r < R; ++r) {
-      const __m256i sum = Values::MultiplyLast(last_values, pick(a + pairs * kPair + r * a_stride, index));
-      if (unit == 32) totals.AddTwo(r, sum, first_unit, by_lane);
-      if (unit != 32) totals.Add(r, sum, first_unit);
+      const __m256i sum = Values::MultiplyLast(last_values, Pick(a + pairs * kPair + r * a_stride, index));
+      AddStep<unit>(totals, r, sum, first_unit, by_lane);
+    }
+  }
+  totals.Store(rows);
+}
+
+// Two output rows times one activation row, turn by turn: narrow rows end before the processor has got going, and one
+// fills the time that the other's look-ups and sums take. `rows` are of outputs, with one a.
+template <class Pairs, class Values, int unit>
+NM_LOOP void HalfPairsOfTwo(const uint8_t* positions, int64_t position_bytes, const uint32_t* table,
+                            const uint8_t* values, int64_t value_bytes, int64_t pairs, bool odd_step, Rows<2>& rows) {
+  const __m256i by_lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  Totals<2> totals(rows);
+  const uint8_t* a = rows.a;
+  const auto turn = [&](const Indices& indices, int output, int pair) __attribute__((always_inline)) {
+    const uint8_t* first = a + pair * kPair;
+    const __m256i kept[1][2] = {{Pick(first, indices.first), Pick(first + kStep, indices.second)}};
+    __m256i sums[1][2];
+    Values::template Multiply<unit == 128>(values + output * value_bytes + pair * Values::kBytes, kept, sums);
+    AddPair<unit>(totals, output, sums[0], pair, by_lane);
+  };
+  const auto load = [&](int output, int pair) __attribute__((always_inline)) {
+    return Pairs::Load(positions + output * position_bytes + pair * Pairs::kBytes, table);
+  };
+  Indices first = load(0, 0), second = first;
+  const auto both = [&](int pair, bool more) __attribute__((always_inline)) {
+    second = load(1, pair);
+    Separate(second, first);
+    turn(first, 0, pair);
+    if (more) first = load(0, pair + 1);
+    Separate(first, second);
+    turn(second, 1, pair);
+  };
+  for (; pairs > 2; pairs -= 2) {
+    for (int output = 0; output < 2; ++output) {
+      Prefetch(positions + output * position_bytes);
+      Prefetch(values + output * value_bytes);
+      if (Values::kBytes == 64) Prefetch(values + output * value_bytes + 64);
+    }
+    both(0, true);
+    both(1, true);
+    positions += 2 * Pairs::kBytes;
+    values += 2 * Values::kBytes;
+    a += 2 * kPair;
+    totals.Advance(2 * kPair / unit);
+  }
+  for (int output = 0; output < 2; ++output) {  // what is left of both rows
+    const uint8_t* left = values + output * value_bytes;
+    Prefetch(positions + output * position_bytes);
+    for (const uint8_t* p = left; p <= left + pairs * Values::kBytes; p += 64) Prefetch(p);
+  }
+  if (pairs == 2) both(0, true);
+  both(static_cast<int>(pairs) - 1, false);
+  if (odd_step) {
+    for (int output = 0; output < 2; ++output) {
+      const uint8_t* last_positions = positions + output * position_bytes + pairs * Pairs::kBytes;
+      const uint8_t* last_values = values + output * value_bytes + pairs * Values::kBytes;
+      const __m256i kept = Pick(a + pairs * kPair, Pairs::LoadStep(last_positions, table));
+      const __m256i sum = Values::MultiplyLast(last_values, kept);
+      AddStep<unit>(totals, output, sum, static_cast<int>(pairs) * (kPair / unit), by_lane);
     }
   }
   totals.Store(rows);

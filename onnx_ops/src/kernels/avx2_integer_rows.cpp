@@ -129,13 +129,18 @@ class Outputs {
         pairs_(l.in_features / kPair),
         odd_step_(EndsInOddStep(l)),
         in_place_(pairs_ * kPair + (odd_step_ ? kStep : 0)),
-        copies_(!expands_ && in_place_ < l.in_features) {}
+        copies_(!expands_ && in_place_ < l.in_features),
+        takes_two_(rows == 1 && IsHalf(l) && !copies_ && pairs_ > 0) {}
 
   void Run(int64_t first, int64_t last, float* y, int64_t y_stride) {
     const float* outliers = reinterpret_cast<const float*>(packed_ + plan_.outliers);
     for (int64_t end; first < last; y += end - first, first = end) {
       end = Min(first + kFewOutlierOutputs, last);
-      for (int64_t output = first; output < end; ++output) OneOutput(output, y + output - first, y_stride);
+      int64_t output = first;
+      if (takes_two_) {
+        for (; output + 2 <= end; output += 2) TwoOutputs(output, y + output - first);
+      }
+      for (; output < end; ++output) OneOutput(output, y + output - first, y_stride);
       if (l_.row_outliers > 0) AddOutliers(l_, rows_, outliers, first, end, y, y_stride);
     }
   }
@@ -156,6 +161,7 @@ class Outputs {
   const bool odd_step_;     // … the step that ends it, …
   const int64_t in_place_;  // … and the columns of both;
   const bool copies_;       // what follows those is copied, so that it can be read like a pair
+  const bool takes_two_;    // output rows at a time
   alignas(64) uint8_t tail_positions_[16];
   alignas(64) uint8_t tail_values_[kPair + 64];
 
@@ -182,6 +188,20 @@ class Outputs {
       }
       for (int r = 0; r < R; ++r) y[(row + r) * y_stride] = Sum(rows.totals[r]);
     });
+  }
+
+  // Of one activation row, without the outliers.
+  void TwoOutputs(int64_t output, float* y) {
+    float* products = reinterpret_cast<float*>(scratch_ + parts_.products);
+    for (int i = 0; i < 2; ++i) {
+      if (l_.row_outliers > 0) PrefetchOutliers(l_, output + i);
+      ScaleProducts<1>(UnitScales(output + i), 0, products + i * units_);
+    }
+    Rows<2> rows = {packed_ + plan_.bytes, 0, products, units_, {}};
+    for (__m256& total : rows.totals) total = _mm256_setzero_ps();
+    HalfPairsOfTwo<Pairs, Values, unit>(l_.positions + output * l_.position_bytes, l_.position_bytes, table_,
+                                        l_.values + output * l_.value_bytes, l_.value_bytes, pairs_, odd_step_, rows);
+    for (int i = 0; i < 2; ++i) y[i] = Sum(rows.totals[i]);
   }
 
   // The float16 scales of an output row, one a unit, then any others up to units_: from the weight itself where it has
