@@ -15,9 +15,15 @@ class VerifyCommand(Command):
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("--model", required=True, default=SUPPRESS, help="folder of a packed checkpoint")
+        parser.add_argument(
+            "--finetuned",
+            metavar="FOLDER",
+            help="dense model that was fine-tuned from it, to check that it is zero wherever the checkpoint leaves a "
+            "weight out",
+        )
 
     def outcome(self) -> Outcome:
         from ..evaluate.verify import verify_checkpoint
 
-        verification = verify_checkpoint(self.args.model)
+        verification = verify_checkpoint(self.args.model, self.args.finetuned)
         return Outcome(str(verification), verification.to_dict(), ok=not verification.problems)

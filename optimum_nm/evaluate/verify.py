@@ -21,6 +21,7 @@ from ..packing.packed_weight import TENSOR_NAMES, PackedWeight
 from ..packing.tensor_files import tensor_checksum
 from ..packing.values import FLOAT_DTYPES
 from ..sparsify.checkpoint import CHECKSUMS_FILE
+from .verify_finetuned import finetuned_problems
 from .verify_onnx import onnx_problems
 
 
@@ -33,6 +34,7 @@ class Verification:
         tensors: tensors in the safetensors files.
         checksums: tensors whose checksum was compared; 0 where the folder has no nm_checksums.json.
         onnx: whether there is a model.onnx, which was checked too.
+        finetuned: the model that was compared with the checkpoint, if one was.
     """
 
     folder: str
@@ -40,6 +42,7 @@ class Verification:
     tensors: int
     checksums: int
     onnx: bool
+    finetuned: str | None
     problems: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,17 +52,22 @@ class Verification:
         if self.problems:
             return "\n".join(self.problems)
         checked = [f"{self.layers} packed linears", f"{self.tensors} tensors", f"{self.checksums} checksums"]
-        return f"{self.folder} is sound: {', '.join(checked)}{', model.onnx' if self.onnx else ''}."
+        sound = f"{self.folder} is sound: {', '.join(checked)}{', model.onnx' if self.onnx else ''}."
+        return f"{sound}\n{self.finetuned} has its pattern." if self.finetuned else sound
 
 
-def verify_checkpoint(folder: str | Path) -> Verification:
+def verify_checkpoint(folder: str | Path, finetuned: str | Path | None = None) -> Verification:
     """Check a packed checkpoint: configuration, headers, checksums, every packed value, and model.onnx if there.
+
+    Args:
+        finetuned: folder of a dense model that was fine-tuned from it, which must be zero where the checkpoint leaves
+            weights out.
 
     Whatever the files hold, the answer is a list of problems, never an exception.
     """
     folder = Path(folder)
     onnx_file = folder / "model.onnx"
-    found = Verification(str(folder), 0, 0, 0, onnx_file.is_file(), [])
+    found = Verification(str(folder), 0, 0, 0, onnx_file.is_file(), None if finetuned is None else str(finetuned), [])
     try:
         checkpoint = PackedCheckpoint(folder)
     except NMError as error:
@@ -80,6 +88,8 @@ def verify_checkpoint(folder: str | Path) -> Verification:
     else:
         found.problems += _name_problems(checkpoint, skeleton)
         found.problems += _layer_problems(checkpoint, skeleton)
+        if finetuned is not None:
+            found.problems += finetuned_problems(Path(finetuned), checkpoint, skeleton)
     if found.onnx:
         found.problems += onnx_problems(onnx_file, checkpoint)
     return found

@@ -10,16 +10,18 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from ..errors import NMError
 from ..nn.convert import dense_weight, linear_layers
+from .lora import lora_layers, mask_lora
 
 
 class KeepMaskCallback(TrainerCallback):
     """Keeps at zero, after every step of a `transformers.Trainer`, what was zero in the linear layers when it began.
 
     For a sparse model with dense tensors, as `model.dequantize()` gives it:
-    `Trainer(model, …, callbacks=[KeepMaskCallback()])`.
+    `Trainer(model, …, callbacks=[KeepMaskCallback()])`. LoRA adapters of PEFT are masked by `mask_lora`, so that
+    `merge_and_unload()` keeps the zeros too.
 
     Raises:
-        NMError: when training begins, no linear layer that is trained has a zero.
+        NMError: when training begins, no linear layer that is trained has a zero; or as `mask_lora`.
     """
 
     def __init__(self) -> None:
@@ -34,9 +36,11 @@ class KeepMaskCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        weights = [dense_weight(module) for module in linear_layers(model).values()]
+        lora = lora_layers(model).values()
+        adapters = {matrix for layer in lora for matrix in (*layer.lora_A.values(), *layer.lora_B.values())}
+        weights = [dense_weight(module) for module in linear_layers(model).values() if module not in adapters]
         self._pruned = [(weight, weight == 0) for weight in weights if weight.requires_grad and (weight == 0).any()]
-        if not self._pruned:
+        if not mask_lora(model) and not self._pruned:
             raise NMError(
                 f"{type(model).__name__} has no zeros in linear layers that are trained; KeepMaskCallback needs a "
                 "sparse model, as model.dequantize() gives it."
