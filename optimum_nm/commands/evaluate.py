@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterator
 
 from optimum.commands.base import CommandInfo
 
@@ -10,7 +11,7 @@ from .command import Command, Outcome, check_device, positive, split_gguf
 
 
 class EvaluateCommand(Command):
-    COMMAND = CommandInfo("evaluate", help="perplexity of a packed, dense or exported model on a text")
+    COMMAND = CommandInfo("evaluate", help="perplexity on a text, or tasks of lm-eval, of any model")
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
@@ -44,23 +45,52 @@ class EvaluateCommand(Command):
             help="type of the activations and dense weights in torch",
         )
 
+        tasks = parser.add_argument_group("tasks", "of lm-eval (extra [tasks]), instead of perplexity")
+        tasks.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks, groups or tags to run")
+        tasks.add_argument(
+            "--include-path", metavar="DIR", help="folder with the YAML files of further tasks, as of lm-eval"
+        )
+        tasks.add_argument("--num-fewshot", type=int, help="examples before each question; by default the task's own")
+        tasks.add_argument("--limit", type=positive, help="only so many questions of each task; by default all")
+        tasks.add_argument("--batch-size", type=positive, default=1, help="questions read at once")
+
     def outcome(self) -> Outcome:
+        check_device(self.args.device)
+        return self._tasks() if self.args.tasks else self._perplexities()
+
+    def _models(self) -> Iterator[tuple[str, str, str]]:
+        """(label, model, runtime); a reference is run in torch."""
+        yield "model", self.args.model, self.args.runtime
+        if self.args.reference is not None:
+            yield "reference", self.args.reference, "torch"
+
+    def _perplexities(self) -> Outcome:
         from ..calibration.sources import read_documents
         from ..evaluate.perplexity import evaluate_onnx, evaluate_torch, format_perplexities
 
         args = self.args
         documents = read_documents(args.text, "evaluation")
         protocol = {"window": args.window, "stride": args.stride, "limit": args.tokens}
-        check_device(args.device)
-        results = []
-        for label, model in (("model", args.model), ("reference", args.reference)):
-            if model is None:
-                continue
-            if label == "model" and args.runtime == "onnxruntime":
-                results.append(evaluate_onnx(model, documents, device=args.device, **protocol))
+        results = {}
+        for label, model, runtime in self._models():
+            if runtime == "onnxruntime":
+                results[label] = evaluate_onnx(model, documents, device=args.device, **protocol)
             else:
                 name, location = split_gguf(model)
                 options = {"device": args.device, "dtype": args.dtype, **protocol}
-                results.append(evaluate_torch(name, documents, load_options=location, **options))
-        data = {label: result.to_dict() for label, result in zip(("model", "reference"), results, strict=False)}
-        return Outcome(format_perplexities(results), data)
+                results[label] = evaluate_torch(name, documents, load_options=location, **options)
+        data = {label: result.to_dict() for label, result in results.items()}
+        return Outcome(format_perplexities(list(results.values())), data)
+
+    def _tasks(self) -> Outcome:
+        from ..evaluate.tasks import evaluate_tasks, format_tasks
+
+        args = self.args
+        options = {name: getattr(args, name) for name in ("num_fewshot", "limit", "batch_size", "device", "dtype")}
+        results = {}
+        for label, model, runtime in self._models():
+            name, location = split_gguf(model)
+            options |= {"runtime": runtime, "load_options": location}
+            results[label] = evaluate_tasks(name, args.tasks, args.include_path, **options)
+        data = {label: [result.to_dict() for result in found] for label, found in results.items()}
+        return Outcome(format_tasks([result for found in results.values() for result in found]), data)
