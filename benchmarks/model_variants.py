@@ -79,7 +79,7 @@ def stored_as(weight_dtype: str) -> Build:
 
         sparse = dense.with_name(folder_name("8:16 float16"))
         model = NMModelForCausalLM.from_pretrained(sparse, dtype=torch.float32).dequantize()
-        calibration = {"calibration_samples": _FAST["calibration_samples"]} if shape == SMOLLM2 else {}
+        calibration = {"calibration_samples": 12, "calibration_length": 1024} if shape == SMOLLM2 else {}
         settings = _ANY_MASK | calibration
         optimizer = NMOptimizer(model, AutoTokenizer.from_pretrained(sparse))
         _optimize(optimizer, shape, folder, settings, weight_dtype, None)
@@ -93,7 +93,7 @@ _ANY_MASK: dict[str, Any] = {
     "equalization": None,
     "variance_correction": None,
     "calibration_samples": 1,
-    "calibration_length": 512,
+    "calibration_length": 16,
 }
 
 
@@ -117,7 +117,7 @@ def _optimize(
         share_embedding=True,
         **settings,
     )
-    text = demo_data().wikipedia_articles()[0] if shape == SMOLLM2 else ["a few words " * 500]
+    text = demo_data().wikipedia_articles()[0] if shape == SMOLLM2 else ["a few words " * 50]
     optimizer.optimize(folder, config, text)
     export_checkpoint(folder).rename(folder / EVERY_TOKEN)
     export_checkpoint(folder, runtime="genai")
