@@ -14,6 +14,7 @@ import wrapt
 if TYPE_CHECKING:
     from .config import NMConfig as NMConfig
     from .nn.linear import NMLinear as NMLinear
+    from .nn.modeling import NMModel as NMModel
     from .nn.modeling import NMModelForCausalLM as NMModelForCausalLM
     from .optimizer import NMOptimizer as NMOptimizer
     from .packing.packed_weight import PackedWeight as PackedWeight
@@ -29,6 +30,7 @@ _HOME = {
     "NMOptimizer": "optimizer",
     "PackedWeight": "packing.packed_weight",
     "NMLinear": "nn.linear",
+    "NMModel": "nn.modeling",
     "NMModelForCausalLM": "nn.modeling",
     "session_options": "runtime.session",
     "library_path": "runtime.library",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .calibration.mixing import Calibration, read_windows, runs_model
 from .config import NMConfig
 from .errors import NMError
-from .nn.modeling import NMModelForCausalLM, load_causal_lm, load_tokenizer
+from .nn.modeling import NMModel, load_model, load_tokenizer
 from .nn.stored_weights import find_stored_weights
 from .nn.weights import LoadedWeights, Weights
 from .sparsify.allocate import allocate_layers
@@ -33,10 +33,10 @@ _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_
 
 
 class NMOptimizer:
-    """Sparsifies and packs a causal language model.
+    """Sparsifies and packs a causal language model, or an encoder such as BERT.
 
     Args:
-        model: dense, of any architecture with decoder blocks. `optimize` turns it into the packed model.
+        model: dense, of any architecture that is a list of blocks. `optimize` turns it into the packed model.
         tokenizer: of the same model.
     """
 
@@ -58,18 +58,19 @@ class NMOptimizer:
         Args:
             dtype: to load and run the model in, "float32", "bfloat16", …; None for the checkpoint's own. Weights are
                 sparsified in float32 in any case; what is not packed (embeddings, norms) is saved in this type.
-            kwargs: passed to `AutoModelForCausalLM.from_pretrained`; those that say where the files are also to the
+            kwargs: passed to the `from_pretrained` of AutoModelForCausalLM, or of AutoModel if the checkpoint is of a
+                model without an output layer, as BertModel is; those that say where the files are also to the
                 tokenizer.
 
         Raises:
-            NMError: there is no such model, it is not a causal language model, or a tensor is missing or damaged.
+            NMError: there is no such model, it is of another kind, or a tensor is missing or damaged.
         """
         where = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
         shared = where | {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
         asked = "auto" if dtype is None else dtype
 
         def load() -> PreTrainedModel:
-            return load_causal_lm(model_name_or_path, dtype=asked, **kwargs)
+            return load_model(model_name_or_path, dtype=asked, **kwargs)
 
         changes = {name for name, value in kwargs.items() if value} - {*_LOCATION_ARGUMENTS}
         streamed = not changes and not where.pop("gguf_file", None)
@@ -140,7 +141,7 @@ class NMOptimizer:
             )
             work.publish(target)
         if self._load is not None:
-            self._load = partial(NMModelForCausalLM.from_pretrained, target)
+            self._load = partial(NMModel.from_pretrained, target)
         return summary
 
     def sparsify(
@@ -182,6 +183,8 @@ class NMOptimizer:
         if getattr(model.config, "quantization_config", None) is not None:
             raise NMError(f"{type(model).__name__} is already quantized; a dense model is needed.")
         decoder_blocks(model)
+        if config.target_bits is not None and not model.can_generate():
+            raise NMError(f"target_bits goes by predictions of the next token, and {type(model).__name__} makes none.")
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.calibration_length > longest:
             asked = config.calibration_length

@@ -1,47 +1,82 @@
-"""NMModelForCausalLM: loading a packed checkpoint so that it cannot go wrong."""
+"""NMModel and NMModelForCausalLM: loading a packed checkpoint so that it cannot go wrong."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from ..config import QUANT_METHOD
 from ..errors import NMError
 
 
-class NMModelForCausalLM:
-    """As AutoModelForCausalLM, for packed checkpoints only.
+class NMModel:
+    """As AutoModel and AutoModelForCausalLM, whichever the checkpoint is for, for packed checkpoints only.
 
-    AutoModelForCausalLM loads them too, but only after `import optimum_nm`: before, transformers warns and returns
-    randomly initialised layers.
+    transformers' own loaders read them too, but only after `import optimum_nm`: before, they warn and return randomly
+    initialised layers.
     """
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
-        """Load a packed causal language model from a folder or the Hugging Face Hub.
+        """Load a packed model from a folder or the Hugging Face Hub.
 
         Args:
-            kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+            kwargs: passed to transformers' `from_pretrained`.
 
         Raises:
             NMError: it is not a packed checkpoint, or one of its tensors is missing, truncated or inconsistent.
         """
-        places = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-        where = {name: kwargs[name] for name in (*places, "trust_remote_code") if name in kwargs}
-        try:
-            config = AutoConfig.from_pretrained(model_name_or_path, **where)
-        except Exception as error:  # transformers says in many ways that it cannot read a config.json
-            raise NMError(f"{model_name_or_path} cannot be loaded as a model: {_first_line(error)}") from None
+        config = _read_config(model_name_or_path, kwargs)
         method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
         if method != QUANT_METHOD:
             raise NMError(
                 f"{model_name_or_path} has quantization method {method!r}, not {QUANT_METHOD!r}: it is not a packed "
                 "checkpoint; NMOptimizer makes one."
             )
+        return cls._load(model_name_or_path, **kwargs)
+
+    @staticmethod
+    def _load(model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
+        return load_model(model_name_or_path, **kwargs)
+
+
+class NMModelForCausalLM(NMModel):
+    """As AutoModelForCausalLM, for packed checkpoints only."""
+
+    @staticmethod
+    def _load(model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
         return load_causal_lm(model_name_or_path, **kwargs)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """AutoModel if the checkpoint is of a model without an output layer, as BertModel is; else AutoModelForCausalLM."""
+    bases: set[str] = set()
+    for names in MODEL_MAPPING_NAMES.values():
+        bases.update([names] if isinstance(names, str) else names)
+    architecture = (config.architectures or [""])[0]
+    return AutoModel if architecture in bases else AutoModelForCausalLM
+
+
+def load_model(model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """As `load_causal_lm`, for encoders too: of the class that `auto_class` finds."""
+    auto: Any = AutoModelForCausalLM
+    if "gguf_file" not in kwargs:
+        with suppress(NMError):  # which loading then explains
+            auto = auto_class(_read_config(model_name_or_path, kwargs))
+    return _load(auto, model_name_or_path, **kwargs)
 
 
 def load_causal_lm(model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -50,19 +85,32 @@ def load_causal_lm(model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedM
     Raises:
         NMError: there is no such model, it is not a causal language model, or one of its tensors is missing or damaged.
     """
+    return _load(AutoModelForCausalLM, model_name_or_path, **kwargs)
+
+
+def _load(auto: Any, model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model_name_or_path, output_loading_info=True, **kwargs)
+        loaded: Any = auto.from_pretrained(model_name_or_path, output_loading_info=True, **kwargs)
     except NMError:
         raise
     except SafetensorError as error:
         raise NMError(f"{model_name_or_path} has a weight file that is truncated or damaged: {error}.") from None
     except (OSError, ValueError, KeyError) as error:
-        reason = _first_line(error)
-        raise NMError(f"{model_name_or_path} cannot be loaded as a causal language model: {reason}") from None
+        kind = "model" if auto is AutoModel else "causal language model"
+        raise NMError(f"{model_name_or_path} cannot be loaded as a {kind}: {_first_line(error)}") from None
     model, info = loaded
     if info["missing_keys"]:
         raise NMError(f"tensor {min(info['missing_keys'])!r} is missing from {model_name_or_path}.")
     return model
+
+
+def _read_config(model_name_or_path: str | Path, options: dict[str, Any]) -> PretrainedConfig:
+    places = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    where = {name: options[name] for name in (*places, "trust_remote_code") if name in options}
+    try:
+        return AutoConfig.from_pretrained(model_name_or_path, **where)
+    except Exception as error:  # transformers says in many ways that it cannot read a config.json
+        raise NMError(f"{model_name_or_path} cannot be loaded as a model: {_first_line(error)}") from None
 
 
 def load_tokenizer(model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -5,26 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import NMError
 from ..packing.checkpoint import PackedCheckpoint
 from .convert import dense_weight, linear_layers
+from .modeling import auto_class
 
 
 def model_skeleton(folder: str | Path) -> PreTrainedModel:
-    """The causal language model of a folder's config.json on the meta device: every shape, no memory.
+    """The model of a folder's config.json on the meta device: every shape, no memory.
 
     Raises:
-        NMError: transformers does not know the model type, or it is not a causal language model.
+        NMError: transformers does not know the model type, or it is neither a causal language model nor an encoder.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config).from_config(config)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise NMError(f"{folder}/config.json does not describe a causal language model: {reason}") from None
+        raise NMError(f"{folder}/config.json describes no causal language model or encoder: {reason}") from None
 
 
 def open_checkpoint(folder: str | Path) -> PackedCheckpoint:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..errors import NMError
 from ..packing.safetensors_files import DTYPES, INDEX_FILE, SINGLE_FILE, TensorLocation, locate_tensors, read_header
 from ..packing.tensor_files import read_tensor
+from .modeling import auto_class
 from .weights import check_finite
 
 
@@ -112,7 +113,7 @@ class StoredWeights:
 def find_stored_weights(
     model_name_or_path: str | Path, dtype: str | torch.dtype = "auto", **where: Any
 ) -> StoredWeights | None:
-    """The weights of a causal language model in safetensors files, none of them read.
+    """The weights of a model in safetensors files, none of them read.
 
     Args:
         dtype: to have the weights in; "auto" for the configuration's own.
@@ -134,7 +135,7 @@ def find_stored_weights(
             if part is not None:
                 part.dtype = dtype
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
     except (NMError, OSError, ValueError, KeyError, AttributeError):
         return None
     model.tie_weights()  # which were parted by becoming empty

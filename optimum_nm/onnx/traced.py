@@ -19,12 +19,13 @@ import torch
 from accelerate import init_empty_weights
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import INTEGER_DTYPES
 from ..errors import NMError
 from ..nn.convert import dense_weight, linear_layers, replace_linear
+from ..nn.modeling import auto_class
 from ..packing.checkpoint import PackedCheckpoint
 from .external_data import CheckpointInitializers, external_initializer
 from .onnx_config import onnx_config_factory
@@ -126,8 +127,9 @@ def traced_graph(
     model, modules = _handle_model(checkpoint)
     prefix = ""
     if task.startswith("feature-extraction"):
-        prefix = model.base_model_prefix + "."
-        model = cast(PreTrainedModel, model.base_model)
+        base = cast(PreTrainedModel, model.base_model)
+        prefix = "" if base is model else f"{model.base_model_prefix}."  # an encoder is its own base
+        model = base
     model.config.use_cache = task.endswith("-with-past")
     onnx_config = make_onnx_config(model.config)
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +160,7 @@ def _handle_model(checkpoint: PackedCheckpoint) -> tuple[PreTrainedModel, list[S
     """The model with handles in place of weights, and the module each handle stands for."""
     config = AutoConfig.from_pretrained(checkpoint.folder)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     model.tie_weights()
     shared: nn.Module | None = model.get_input_embeddings() if checkpoint.config.share_embedding else None
     output = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)

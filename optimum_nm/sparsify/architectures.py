@@ -1,4 +1,4 @@
-"""Decoder blocks of any transformers causal language model, found by structure rather than by a list of model types."""
+"""The blocks of any transformers language model, found by structure rather than by a list of model types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The name and the list of the blocks that hidden states pass through one after the other.
 
     It is the outermost ModuleList as long as the configuration's number of layers whose members hold linear layers:
-    `model.layers`, `transformer.h`, `model.decoder.layers`, `gpt_neox.layers`, …
+    `model.layers`, `transformer.h`, `model.decoder.layers`, `gpt_neox.layers`, `encoder.layer`, …
 
     Raises:
         NMError: the model has none.

@@ -101,7 +101,7 @@ class BlockInputs:
         The blocks pass their input on, the last one returns `self.hidden`.
         """
         for batch, hidden in enumerate(self.hidden):
-            self.logits(batch, hidden)
+            self._output(batch, hidden)
 
     def entry(self, batch: int) -> Tensor:
         """The input of block 0 for one batch, computed anew by what precedes it, with its graph."""
@@ -120,8 +120,11 @@ class BlockInputs:
 
     def logits(self, batch: int, hidden: Tensor) -> Tensor:
         """The model's output for one batch, `[batch, length, vocabulary]`, if the last block's is `hidden`."""
+        return self._output(batch, hidden).logits
+
+    def _output(self, batch: int, hidden: Tensor) -> Any:
         with self._idle_blocks([], final=hidden):
-            return self.model(input_ids=self.batches[batch].to(self._device), use_cache=False).logits
+            return self.model(input_ids=self.batches[batch].to(self._device), use_cache=False)
 
     def _forward(self, token_ids: Tensor) -> None:
         with suppress(_Reached):
