@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NMError
-from .finetune_config import FinetuneConfig
+from .finetune_config import DistillConfig, FinetuneConfig
 from .patterns import NMPattern, OutlierPattern
 from .presets import PRESETS, with_presets
 
@@ -63,6 +63,8 @@ class NMConfig:
         variance_correction: "row", "tensor", "output", "least-squares" or None.
         finetune: settings of blockwise fine-tuning, fields of FinetuneConfig by name ({} for its defaults): epochs,
             learning_rate, weight_decay, batch_size, schedule, targets, train_norms, holdout; None for none.
+        distill: settings of a last pass over the whole packed model, which learns the dense model's predictions by
+            gradients through all blocks, fields of DistillConfig by name ({} for its defaults); None for none.
         weight_dtype: stored values: float32, float16, bfloat16, int8, int4.
         group_size: dense columns per float16 scale (int8, int4), a multiple of M; -1 or "row" for one per row.
         positions: "codes" (⌈log2 C(M,N)⌉ bits a group) or "bitmap" (M bits a group).
@@ -94,6 +96,7 @@ class NMConfig:
     equalization_mode: str = "score"
     variance_correction: str | None = "row"
     finetune: dict[str, Any] | None = None
+    distill: dict[str, Any] | None = None
     weight_dtype: str = "float16"
     group_size: int | str = 128
     positions: str = "codes"
@@ -119,6 +122,8 @@ class NMConfig:
             raise NMError(f"target_bits is {self.target_bits!r}; it must be a number above 0, or None.")
         if self.finetune is not None:
             self.finetune = dataclasses.asdict(FinetuneConfig.from_dict(self.finetune))
+        if self.distill is not None:
+            self.distill = dataclasses.asdict(DistillConfig.from_dict(self.distill))
         for name in ("calibration_samples", "calibration_length"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise NMError(f"{name} is {getattr(self, name)!r}; it must be a whole number above 0.")
@@ -153,6 +158,11 @@ class NMConfig:
     def finetune_settings(self) -> FinetuneConfig | None:
         """`finetune` with its types."""
         return None if self.finetune is None else FinetuneConfig.from_dict(self.finetune)
+
+    @property
+    def distill_settings(self) -> DistillConfig | None:
+        """`distill` with its types."""
+        return None if self.distill is None else DistillConfig.from_dict(self.distill)
 
     def is_excluded(self, name: str) -> bool:
         if name in OUTPUT_LAYERS and OUTPUT_LAYERS[0] in self.exclude:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from .nn.weights import LoadedWeights, Weights
 from .sparsify.allocate import allocate_layers
 from .sparsify.architectures import decoder_blocks
 from .sparsify.checkpoint import check_target, write_checkpoint
+from .sparsify.distill import distill_last
 from .sparsify.layer import LayerSolver, solve_layer
 from .sparsify.pipeline import resolve_names, sparsify_model
 from .sparsify.summary import Allocation, SparsificationSummary
@@ -109,7 +111,8 @@ class NMOptimizer:
 
         Args:
             save_dir: the folder to create.
-            config: NMConfig() by default. With `target_bits` the whole model is loaded to choose by.
+            config: NMConfig() by default. With `target_bits` the whole model is loaded to choose by, with `distill` the
+                whole model stays in memory.
             calibration: text file, .jsonl file, "wikitext2", "c4", list of strings, or `datasets` object; "self" for
                 text that the model generates, for which all its weights are loaded; or a mixture, {source: share}.
             overwrite: replace `save_dir` if it is a model folder.
@@ -125,6 +128,8 @@ class NMOptimizer:
             KeyboardInterrupt: Ctrl-C, with a sentence that says how to go on.
         """
         config = self._checked(NMConfig() if config is None else config)
+        if config.distill is not None:
+            _ = self.model  # whole, as for gradients through all blocks
         budget = _bytes(memory_budget)
         remove_left_over(Path(save_dir).expanduser().absolute())
         target = check_target(save_dir, overwrite)
@@ -134,8 +139,11 @@ class NMOptimizer:
             windows = self._windows(config, calibration, progress)
             work.begin(self._identity(config, windows))
             config, allocation = self._chosen(config, windows, progress, work)
+            dense = self._dense_model(config)
             summary = sparsify_model(self._weights, windows, config, progress, work=work, memory_budget=budget)
             summary.allocation = allocation
+            if dense is not None:
+                distill_last(self._weights.model, dense, windows, config, summary, progress, work)
             write_checkpoint(
                 work.new_checkpoint(), self._weights.model, self.tokenizer, config, summary, work.tensors()
             )
@@ -169,9 +177,16 @@ class NMOptimizer:
         windows = self._windows(config, calibration, progress)
         if config.target_bits is not None:
             config, allocation = allocate_layers(model, windows, config, progress)
+        dense = self._dense_model(config)
         summary = sparsify_model(self._weights, windows, config, progress, solve)
         summary.allocation = allocation
+        if dense is not None:
+            distill_last(model, dense, windows, config, summary, progress)
         return config, summary
+
+    def _dense_model(self, config: NMConfig) -> PreTrainedModel | None:
+        """A copy of the model as it is, which distillation needs when it is dense no more."""
+        return None if config.distill is None else deepcopy(self._weights.model)
 
     def _checked(self, config: NMConfig) -> NMConfig:
         """With the names of this model.
@@ -183,8 +198,9 @@ class NMOptimizer:
         if getattr(model.config, "quantization_config", None) is not None:
             raise NMError(f"{type(model).__name__} is already quantized; a dense model is needed.")
         decoder_blocks(model)
-        if config.target_bits is not None and not model.can_generate():
-            raise NMError(f"target_bits goes by predictions of the next token, and {type(model).__name__} makes none.")
+        for name in ("target_bits", "distill"):
+            if getattr(config, name) is not None and not model.can_generate():
+                raise NMError(f"{name} goes by predictions of the next token, and {type(model).__name__} makes none.")
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.calibration_length > longest:
             asked = config.calibration_length

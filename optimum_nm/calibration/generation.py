@@ -34,8 +34,10 @@ def generate_windows(
         Token ids, int64 `[samples, length]` on the CPU; the same for the same seed.
 
     Raises:
-        NMError: the model has no key-value cache, or its output is not finite.
+        NMError: the model generates no text, has no key-value cache, or its output is not finite.
     """
+    if not model.can_generate():
+        raise NMError(f"{type(model).__name__} generates no text; give text instead of 'self'.")
     generator = torch.Generator().manual_seed(seed)
     starts = _first_tokens(tokenizer, samples, generator)
     windows = []

@@ -54,6 +54,8 @@ class Row:
                 raise NMError(f"unstructured is {unstructured!r}; it must be one of {', '.join(UNSTRUCTURED)}.")
             if unstructured is not None and config.weight_dtype in INTEGER_DTYPES:
                 raise NMError(f"weight_dtype is {config.weight_dtype!r}; an unstructured baseline needs floats.")
+            if unstructured is not None and config.distill is not None:
+                raise NMError("distill is set; an unstructured baseline, which is not packed, cannot be distilled.")
             if unstructured == "outliers" and config.outliers is None:
                 raise NMError("unstructured is 'outliers', but outliers is None; give their number, as '16:256'.")
         except NMError as error:

@@ -108,13 +108,15 @@ class SparsificationSummary:
     """Every packed layer in the order of the model, and the seconds it took; `str()` is a table per layer type.
 
     `block_losses` holds, by the number of the decoder block, what fine-tuning did; `allocation`, what was chosen for
-    `target_bits`; `estimated_bytes` and `peak_bytes`, the memory that the process was to take at most, and did.
+    `target_bits`; `distillation`, KL(dense ‖ packed) of the predictions in nats a token; `estimated_bytes` and
+    `peak_bytes`, the memory that the process was to take at most, and did.
     """
 
     layers: list[LayerSummary] = field(default_factory=list)
     block_losses: dict[int, BlockLoss] = field(default_factory=dict)
     seconds: float = 0.0
     allocation: Allocation | None = None
+    distillation: BlockLoss | None = None
     estimated_bytes: int = 0
     peak_bytes: int = 0
 
@@ -133,8 +135,9 @@ class SparsificationSummary:
         losses = {str(index): asdict(loss) for index, loss in self.block_losses.items()}
         tuned = {"block_losses": losses} if losses else {}
         allocated = {} if self.allocation is None else {"allocation": asdict(self.allocation)}
+        distilled = {} if self.distillation is None else {"distillation": asdict(self.distillation)}
         layers = [asdict(layer) for layer in self.layers]
-        return {"layers": layers, "types": self.by_type(), **tuned, **allocated}
+        return {"layers": layers, "types": self.by_type(), **tuned, **allocated, **distilled}
 
     def __str__(self) -> str:
         header = f"{'layer type':<32}{'layers':>7}{'weights':>13}{'density':>9}{'error':>9}{'bits/weight':>13}"
@@ -144,7 +147,12 @@ class SparsificationSummary:
                 f"{kind:<32}{row['layers']:>7}{row['weights']:>13}{row['density']:>9.4f}"
                 f"{row['relative_error']:>9.4f}{row['bits_per_weight']:>13.3f}"
             )
-        return "\n".join(lines if self.allocation is None else [*lines, "", str(self.allocation)])
+        if self.allocation is not None:
+            lines += ["", str(self.allocation)]
+        if self.distillation is not None:
+            before, after = self.distillation.before, self.distillation.after
+            lines += ["", f"Distilled: divergence from the dense model {before:.4f} → {after:.4f} nats a token."]
+        return "\n".join(lines)
 
 
 def _average(layers: Iterable[LayerSummary]) -> dict[str, float]:

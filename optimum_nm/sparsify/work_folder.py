@@ -128,7 +128,7 @@ class WorkFolder:
         Args:
             tensors: what the checkpoint gets of it.
             report: about it, as JSON has it.
-            activations: those after it.
+            activations: those after it; none if they are the same as before.
             seconds: that it took.
 
         Raises:
@@ -140,7 +140,8 @@ class WorkFolder:
             checksums: dict[str, str] = {}
             with durable_file(self.path / name) as stream:
                 checksums |= write_tensors(stream, tensors)
-            self.manifest.activations = {each.name: each.save(self.path) for each in activations}
+            if activations:
+                self.manifest.activations = {each.name: each.save(self.path) for each in activations}
             self.manifest.parts.append(Part(name, checksums, report))
             self.manifest.seconds += seconds
             self._write_manifest()
