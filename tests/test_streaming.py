@@ -7,9 +7,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_nm import NMConfig, NMLinear, NMModelForCausalLM, NMOptimizer
 from optimum_nm.errors import NMError
+from optimum_nm.evaluate.inspect import inspect_checkpoint
+from optimum_nm.evaluate.verify import verify_checkpoint
 from optimum_nm.memory import memory_bytes
 from optimum_nm.nn.stored_weights import StoredWeights, find_stored_weights
 from optimum_nm.nn.weights import LoadedWeights
+from optimum_nm.sparsify import checkpoint
 from optimum_nm.sparsify.architectures import decoder_blocks
 from optimum_nm.sparsify.work_folder import WorkFolder
 
@@ -132,6 +135,22 @@ def test_output_layer_that_is_not_finite_is_found_though_it_is_not_needed(tokeni
     with pytest.raises(NMError, match=r"lm_head.weight has elements that are not finite"):
         NMOptimizer.from_pretrained(tmp_path / "dense").optimize(tmp_path / "out", NMConfig(**OPTIONS), [text])
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_checkpoint_in_several_files(tokenizer, text, tmp_path, monkeypatch):
+    """Loaded, inspected and verified as one in a single file is."""
+    source = dense_folder(tmp_path / "dense", "Qwen2", tokenizer)
+    for name, largest in (("one", 5_000_000_000), ("several", 20_000)):
+        monkeypatch.setattr(checkpoint, "LARGEST_FILE", largest)
+        NMOptimizer.from_pretrained(source).optimize(tmp_path / name, NMConfig(**OPTIONS), [text], progress=False)
+    files = [file.name for file in (tmp_path / "several").glob("*.safetensors")]
+    assert len(files) > 2 and "model.safetensors" not in files
+    one, several = (NMModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "several"))
+    tokens = torch.arange(20)[None]
+    assert torch.equal(one(tokens).logits, several(tokens).logits)
+    one, several = (inspect_checkpoint(tmp_path / name).to_dict() for name in ("one", "several"))
+    assert {layer["name"]: layer for layer in one["layers"]} == {layer["name"]: layer for layer in several["layers"]}
+    assert verify_checkpoint(tmp_path / "several").problems == []
 
 
 def test_memory_is_told_before_and_after(tiny_llama_folder, text, tmp_path, capsys):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -20,6 +18,7 @@ from ..errors import NMError
 from ..packing.safetensors_files import TensorLocation, read_header
 from ..packing.tensor_files import tensor_checksum, write_tensors
 from .activations import Activations
+from .durable import durable_file, sync_folder, without_interruption
 
 _MANIFEST, _LOCK, _CHECKPOINT, _REPLACED = "manifest.json", "lock", "checkpoint", "replaced"
 _FORMAT = 1
@@ -272,47 +271,3 @@ def _how_to_go_on(work: WorkFolder | None) -> str:
     if work is None or not work.done:
         return ""
     return f" {work.done} blocks are finished and kept in {work.path}; the same command goes on from there."
-
-
-@contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that is there, on the disk, under its name, and whole, when the `with` block has ended well.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def without_interruption() -> Iterator[None]:
-    """Ctrl-C takes effect when the `with` block ends; only the main thread receives it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[object] = []
-    previous = signal.signal(signal.SIGINT, lambda *_: received.append(None))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
-    if received:
-        raise KeyboardInterrupt
