@@ -13,10 +13,13 @@ from optimum_nm.errors import NMError
 from optimum_nm.finetune_config import DistillConfig
 from optimum_nm.nn.linear import NMLinear
 from optimum_nm.nn.skeleton import open_checkpoint
+from optimum_nm.nn.weights import LoadedWeights
 from optimum_nm.optimizer import NMOptimizer
 from optimum_nm.report.matrix import Row
 from optimum_nm.sparsify import distill as distillation
+from optimum_nm.sparsify import memory_estimate
 from optimum_nm.sparsify.distill import distill
+from optimum_nm.sparsify.memory_estimate import estimate_bytes
 
 QUICK = {"epochs": 2, "learning_rate": 1e-3, "holdout": 0.25}
 ALL = {**OPTIONS, "calibration_samples": 8}
@@ -162,6 +165,15 @@ def test_run_that_ended_after_distillation_goes_on_behind_it(tiny_llama_folder, 
     assert summary.distillation == expected.distillation
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+def test_memory_is_estimated(tokenizer, monkeypatch):
+    monkeypatch.setattr(memory_estimate, "memory_bytes", lambda: (0, 0))
+    model = tiny_model("Llama", len(tokenizer))
+    arguments = LoadedWeights(model), model.model.layers, torch.zeros(8, 48, dtype=torch.int64)
+    plain, distilled = (estimate_bytes(*arguments, NMConfig(distill=d), spilled=False) for d in (None, {}))
+    weights = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    assert distilled - plain == 4 * (6 * weights + 48 * (2 * 48 + 4 * len(tokenizer)))
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,13 @@ TABLES: dict[str, Rows] = {
         "8:16 magnitude": _sparse("8:16", score="magnitude"),
     },
     "Solvers, against 2:4 and unstructured": _solvers(),
+    "Swaps": {
+        "8:16": _sparse("8:16"),
+        "8:16 swaps": _sparse("8:16", swaps=3),
+        "8:16 sparsegpt": _sparse("8:16", solver="sparsegpt"),
+        "8:16 sparsegpt swaps": _sparse("8:16", solver="sparsegpt", swaps=3),
+        "8:16 admm": _sparse("8:16", solver="admm"),
+    },
     "Fine-tuning": {
         "8:16": _sparse("8:16"),
         "8:16 fine-tuned": _sparse("8:16", finetune=PRESETS["paper"]["finetune"]),

@@ -14,6 +14,8 @@ from .layer import needs_gram
 
 FLOAT32 = 4
 SOLVER_COPIES = 8  # of the layer that is being solved, in float32
+DISTILLATION_COPIES = 6  # of all blocks' weights, in float32: masters, gradients, moments, the best so far, and masks
+LOGITS_COPIES = 4  # of a batch, in float32: of both models, their gradient, probabilities
 TRAINING_COPIES = 8  # of a block's weights, in float32: masters, gradients, moments, the best so far, what is stored
 INTERMEDIATES = 4  # of a batch, as wide as the widest layer
 
@@ -48,7 +50,23 @@ def estimate_bytes(weights: Weights, blocks: nn.ModuleList, windows: Tensor, con
         parameter.numel() for block in blocks for parameter in block.parameters()
     )
     kept = 0 if spilled else activation_bytes(model, windows, config)
-    return memory_bytes()[0] + max(block_bytes, around * element * weights.streamed) + kept
+    bytes_at_most = memory_bytes()[0] + max(block_bytes, around * element * weights.streamed) + kept
+    return bytes_at_most + _distillation_bytes(model, blocks, windows, config)
+
+
+def _distillation_bytes(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor, config: NMConfig) -> int:
+    """What distillation adds: training's copies, and of a batch the inputs of all blocks and the logits.
+
+    The copy of the dense model is there from the beginning.
+    """
+    settings = config.distill_settings
+    if settings is None:
+        return 0
+    text = model.config.get_text_config()
+    tokens = min(settings.batch_size, len(windows)) * windows.shape[1]
+    trained = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    activations = tokens * (len(blocks) * text.hidden_size + LOGITS_COPIES * text.vocab_size)
+    return FLOAT32 * (DISTILLATION_COPIES * trained + activations)
 
 
 def _gram_elements(block: nn.Module) -> int:
