@@ -39,9 +39,9 @@ SHAPES = {
 }
 
 
-def write_dense(folder: Path, shape: str, dtype: torch.dtype) -> None:
+def write_dense(folder: Path, shape: str, layers: int, dtype: torch.dtype) -> None:
     """A random Llama checkpoint, a file per block."""
-    hidden, intermediate, layers, heads, tied = SHAPES[shape]
+    hidden, intermediate, _, heads, tied = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -96,7 +96,7 @@ def sparsify(dense: Path, output: Path, config: dict[str, object], arguments: ar
     figures = {
         "seconds": time.perf_counter() - start,
         "processor_seconds": time.process_time(),
-        "seconds_per_block": summary.seconds / SHAPES[arguments.shape][2],
+        "seconds_per_block": summary.seconds / arguments.layers,
         "peak_bytes": summary.peak_bytes,
         "estimated_bytes": summary.estimated_bytes,
         "read_bytes": io["rchar"],
@@ -126,6 +126,7 @@ def run(output: Path, kill_after: Sequence[int] = (), live: bool = False) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has: memory and time per block are the same")
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints, with room for three")
     parser.add_argument("--stored", choices=("float32", "bfloat16"), default="bfloat16", help="type in the files")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type to compute in")
@@ -138,14 +139,15 @@ def main() -> None:
     parser.add_argument("--process", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--live", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    dense = arguments.work / f"{arguments.shape}-{arguments.stored}"
+    arguments.layers = arguments.layers or SHAPES[arguments.shape][2]
+    dense = arguments.work / f"{arguments.shape}-{arguments.layers}-{arguments.stored}"
     if arguments.process is not None:
         windows = {"calibration_samples": arguments.samples, "calibration_length": arguments.length}
         config = {"solver": arguments.solver, **windows}
         sparsify(dense, arguments.process, config, arguments)
         return
     if not dense.exists():
-        write_dense(dense, arguments.shape, getattr(torch, arguments.stored))
+        write_dense(dense, arguments.shape, arguments.layers, getattr(torch, arguments.stored))
     streamed, in_memory = arguments.work / "streamed", arguments.work / "in-memory"
     results = {"streamed": run(streamed, arguments.kill_after)}
     if arguments.in_memory:
