@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_sparsify import OPTIONS, tiny_model
 
+from optimum_nm import NMModelForCausalLM
 from optimum_nm.calibration.windows import calibration_windows
 from optimum_nm.config import NMConfig
 from optimum_nm.errors import NMError
@@ -147,6 +148,19 @@ def test_optimizer_writes_what_was_distilled(tokenizer, text, tmp_path):
     for name, packed in packed_layers(model).items():
         assert torch.equal(checkpoint.packed(name).unpack(), packed.unpack())
     assert torch.equal(checkpoint.tensor("model.norm.weight"), model.model.norm.weight)
+
+
+def test_checkpoint_is_distilled_further(tokenizer, text, tmp_path):
+    optimizer = NMOptimizer(telling_model("Llama", tokenizer), tokenizer)
+    dense = copy.deepcopy(optimizer.model)
+    optimizer.optimize(tmp_path / "out", NMConfig(**ALL), [text], progress=False)
+    model = NMModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    windows = calibration_windows([text], tokenizer, 8, 48, seed=0)
+    loss = distill(model, dense, windows, DistillConfig(**QUICK), seed=0, progress=False)
+    assert loss.after < loss.before
+    model.save_pretrained(tmp_path / "further")
+    again = NMModelForCausalLM.from_pretrained(tmp_path / "further").eval()
+    assert torch.equal(again(windows).logits, model(windows).logits)
 
 
 def test_run_that_ended_after_distillation_goes_on_behind_it(tiny_llama_folder, text, tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def distill(
     batches = windows.split(settings.batch_size)
     linears = {name: module for name, module in blocks.named_modules() if isinstance(module, NMLinear)}
     trained = {name: _TrainedLinear(linear, model.device) for name, linear in linears.items()}
-    model.float()
+    nn.Module.float(model)  # transformers' own refuses a quantized model, as one loaded from a checkpoint
     for name, linear in trained.items():
         replace_linear(blocks, name, linear)
     vectors = [p.requires_grad_() for p in model.parameters() if p.ndim == 1 and settings.train_norms]
