@@ -10,7 +10,7 @@ NATIVE := $(shell find onnx_ops examples/cpp -name '*.cpp' -o -name '*.h' -o -na
 
 .PHONY: demo test test-compat style benchmark clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
@@ -33,10 +33,19 @@ benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/kernels.py
 
 # torch first and pinned to the CPU build: unpinned, other packages bring several GB of CUDA libraries.
-$(VENV)/installed: pyproject.toml $(NATIVE)
+define INSTALL
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable ".[tests]"
+	$(BIN)/pip install --quiet --editable "$(1)"
+endef
+
+# What the tests need takes minutes more; it has all of the demo's.
+$(VENV)/installed: pyproject.toml $(NATIVE)
+	$(call INSTALL,.[tests])
+	touch $(VENV)/demo $@
+
+$(VENV)/demo: pyproject.toml $(NATIVE)
+	$(call INSTALL,.[demo])
 	touch $@
 
 # From the wheel, not the checkout. What is not imported need not be compiled, which saves a minute.
