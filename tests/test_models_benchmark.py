@@ -20,7 +20,7 @@ import model_variants
 import models
 
 TOKENS = [5, 9, 200, 41, 17, 8, 150, 33]
-NAMES = ["float32", "int8 block 32", "int4 block 32", "8:16 int4"]
+NAMES = ["float32", "int8 block 32", "int4 block 32", "8:16 float16", "8:16 int4"]
 SHAPE = "tiny"
 
 
