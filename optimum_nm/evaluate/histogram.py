@@ -27,10 +27,11 @@ def magnitude_histogram(checkpoint: PackedCheckpoint) -> dict[str, npt.NDArray[n
     for name in tqdm(checkpoint.layer_names(), desc="Histogram", unit="layer"):
         packed = checkpoint.packed(name)
         packed.validate(name)
-        weight, outlier_mask = packed.unpack(), packed.outlier_mask()
-        for kind, values in (("base", weight[~outlier_mask]), ("outliers", weight[outlier_mask])):
-            magnitudes = np.log2(values[values != 0].abs().numpy())
-            counts[kind] += np.histogram(magnitudes.clip(MAGNITUDES[0], MAGNITUDES[-1]), MAGNITUDES)[0]
+        for _, part in packed.row_blocks():
+            weight, outlier_mask = part.unpack(), part.outlier_mask()
+            for kind, values in (("base", weight[~outlier_mask]), ("outliers", weight[outlier_mask])):
+                magnitudes = np.log2(values[values != 0].abs().numpy())
+                counts[kind] += np.histogram(magnitudes.clip(MAGNITUDES[0], MAGNITUDES[-1]), MAGNITUDES)[0]
     return counts
 
 

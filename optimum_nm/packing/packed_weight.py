@@ -12,6 +12,7 @@ from ..config import INTEGER_DTYPES, LayerConfig, NMConfig
 from ..errors import NMError
 from ..patterns import NMPattern, OutlierPattern
 from .codes import decode_positions, encode_positions
+from .row_blocks import row_blocks
 from .selection import select_kept, select_outliers
 from .values import (
     BIT_VIEWS,
@@ -129,45 +130,33 @@ class PackedWeight:
             raise NMError(
                 f"weight is a {weight.dtype} of shape {tuple(weight.shape)}; a non-empty float matrix is needed."
             )
-        weight = weight.detach().to("cpu", torch.float32)
-        if not torch.isfinite(weight).all():
-            raise NMError("weight has elements that are not finite; every element must be a finite number.")
-        importance = weight.abs() if importance is None else importance.detach().to("cpu", torch.float32)
         out_features, in_features = weight.shape
-        tensors: dict[str, Tensor] = {}
-
-        base = weight
-        if config.outliers is not None:
-            columns, used = select_outliers(importance, config.outliers, outlier_mask)
-            values = torch.where(used, weight.gather(1, columns), 0.0)
-            tensors["outlier_values"] = to_float_bits(values, FLOAT_DTYPES[config.outlier_dtype], "outlier")
-            tensors["outlier_positions"] = (columns % config.outliers.block).to(torch.uint8)
-            base = weight.scatter(1, columns, 0.0) if outlier_mask is None else weight.masked_fill(outlier_mask, 0.0)
-            taken = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, columns, used)
-            importance = importance.masked_fill(taken, -1.0)
-        if config.pattern.is_dense:
-            kept = None
-        else:
-            kept, columns = select_kept(importance, config.pattern, mask)
-            inside = torch.nn.functional.pad(base if mask is None else base * mask, (0, config.pattern.m))
-            base = torch.where(kept.view(out_features, -1)[:, :in_features], inside[:, :in_features], 0.0)
-            tensors["positions"] = torch.from_numpy(encode_positions(kept.numpy(), config.pattern, config.positions))
-
-        def stored(dense: Tensor) -> Tensor:
-            padded = torch.nn.functional.pad(dense, (0, config.pattern.m))
-            return dense if kept is None else padded.gather(1, columns)
-
-        if config.weight_dtype in INTEGER_DTYPES:
-            q, scales = quantize(base, config.weight_dtype, config.group_size, column_weight, scales)
-            tensors["values"] = pack_integers(stored(q), config.weight_dtype)
-            tensors["scales"] = scales.view(torch.int16)
-        else:
-            tensors["values"] = to_float_bits(stored(base), FLOAT_DTYPES[config.weight_dtype])
-        ordered = {name: tensors[name].contiguous() for name in TENSOR_NAMES if name in tensors}
-        return cls(in_features, out_features, config, ordered)
+        by_row = {"mask": mask, "outlier_mask": outlier_mask, "importance": importance, "scales": scales}
+        given = {name: tensor for name, tensor in by_row.items() if tensor is not None}
+        for name, tensor in given.items():
+            if len(tensor) != out_features:
+                raise NMError(f"{name} has {len(tensor)} rows; the weight has {out_features}.")
+        parts = [
+            _pack_rows(weight[rows], config, rows.start, column_weight, **{n: t[rows].cpu() for n, t in given.items()})
+            for rows in row_blocks(out_features, in_features)
+        ]
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in TENSOR_NAMES if name in parts[0]}
+        return cls(in_features, out_features, config, tensors)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense `[out_features, in_features]` weight, exactly the values the kernel multiplies by."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        for rows, part in self.row_blocks():
+            weight[rows] = part._unpack_at_once()
+        return weight
+
+    def row_blocks(self) -> Iterator[tuple[slice, PackedWeight]]:
+        """Some rows at a time, and which."""
+        for rows in row_blocks(self.out_features, self.in_features):
+            tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
+            yield rows, PackedWeight(self.in_features, rows.stop - rows.start, self.config, tensors)
+
+    def _unpack_at_once(self) -> Tensor:
         weight = self._expand(self._base_values())
         if self.config.weight_dtype in INTEGER_DTYPES:
             scales = self.tensors["scales"].view(torch.float16).float()
@@ -175,7 +164,7 @@ class PackedWeight:
         if self.config.outliers is not None:
             bits = self.tensors["outlier_values"].view(FLOAT_DTYPES[self.config.outlier_dtype])
             weight.scatter_add_(1, self._outlier_columns(), bits.float())
-        return weight.to(dtype)
+        return weight
 
     def mask(self) -> Tensor:
         """Bool `[out_features, in_features]`: the columns marked in the base."""
@@ -209,16 +198,17 @@ class PackedWeight:
             return
         if "scales" in self.tensors and not self.tensors["scales"].view(torch.float16).isfinite().all():
             yield f"{name}.scales has elements that are not finite; every scale must be a finite number."
-        if "positions" in self.tensors:
-            try:
-                self._group_masks()
-            except ValueError as error:
-                yield f"{name}.positions {error}."
-                return
-        if not self.config.pattern.is_dense and self._padding_values().any():
+        try:
+            padded = any([part._has_values_past_the_row(rows.start) for rows, part in self.row_blocks()])
+        except ValueError as error:
+            yield f"{name}.positions {error}."
+            return
+        if padded:
             yield f"{name}.values is not zero at a marked column past the {self.in_features} of a row; it must be."
-        if self.config.outliers is not None:
-            yield from self._outlier_problems(name, self.config.outliers)
+        if (outliers := self.config.outliers) is not None:
+            yield from dict.fromkeys(
+                problem for _, part in self.row_blocks() for problem in part._outlier_problems(name, outliers)
+            )
 
     def _misfits(self, name: str) -> Iterator[str]:
         expected = packed_shapes(self.in_features, self.out_features, self.config)
@@ -254,24 +244,90 @@ class PackedWeight:
         return values.view(FLOAT_DTYPES[self.config.weight_dtype]).float()
 
     def _expand(self, values: Tensor) -> Tensor:
+        """Values at their columns `[out_features, in_features]`, zeros between them."""
         if self.config.pattern.is_dense:
             return values.clone()
-        return self._expand_groups(values)[:, : self.in_features].contiguous()
-
-    def _expand_groups(self, values: Tensor) -> Tensor:
-        """Values at their columns, the last group whole even if it reaches past the row."""
         masks = self._group_masks().view(self.out_features, -1)
-        return torch.zeros(masks.shape).masked_scatter_(masks, values)
+        return torch.zeros(masks.shape).masked_scatter_(masks, values)[:, : self.in_features]
 
-    def _padding_values(self) -> Tensor:
-        return self._expand_groups(self._base_values())[:, self.in_features :]
+    def _has_values_past_the_row(self, first_row: int) -> bool:
+        """Whether a column is marked behind the last of a row, and its value not zero.
 
-    def _group_masks(self) -> Tensor:
-        groups = self.config.pattern.groups(self.in_features)
+        Args:
+            first_row: the number of the first row, for errors.
+
+        Raises:
+            ValueError: the positions are not those of masks.
+        """
+        pattern = self.config.pattern
+        if pattern.is_dense:
+            return False
+        last_group = self._group_masks(first_row)[:, -1]
+        inside = self.in_features - (pattern.groups(self.in_features) - 1) * pattern.m
+        if inside == pattern.m:
+            return False
+        values = self._base_values()[:, -pattern.n :]
+        return bool(torch.zeros(last_group.shape).masked_scatter_(last_group, values)[:, inside:].any())
+
+    def _group_masks(self, first_row: int = 0) -> Tensor:
+        pattern, positions = self.config.pattern, self.config.positions
         packed = self.tensors["positions"].numpy()
-        return torch.from_numpy(decode_positions(packed, self.config.pattern, self.config.positions, groups))
+        groups = pattern.groups(self.in_features)
+        return torch.from_numpy(decode_positions(packed, pattern, positions, groups, first_row))
 
     def _outlier_columns(self) -> Tensor:
         assert self.config.outliers is not None
         positions = self.tensors["outlier_positions"].long()
         return positions + torch.arange(positions.shape[1]) // self.config.outliers.k * self.config.outliers.block
+
+
+def _pack_rows(
+    weight: Tensor,
+    config: LayerConfig,
+    first_row: int,
+    column_weight: Tensor | None,
+    mask: Tensor | None = None,
+    outlier_mask: Tensor | None = None,
+    importance: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The packed tensors of some rows `[rows, in_features]`; as `PackedWeight.pack`.
+
+    Args:
+        first_row: the number of the first row, for errors.
+    """
+    weight = weight.detach().to("cpu", torch.float32).contiguous()
+    if not torch.isfinite(weight).all():
+        raise NMError("weight has elements that are not finite; every element must be a finite number.")
+    importance = weight.abs() if importance is None else importance.detach().float()
+    rows, in_features = weight.shape
+    tensors: dict[str, Tensor] = {}
+    base = weight
+    if config.outliers is not None:
+        columns, used = select_outliers(importance, config.outliers, outlier_mask)
+        values = torch.where(used, weight.gather(1, columns), 0.0)
+        tensors["outlier_values"] = to_float_bits(values, FLOAT_DTYPES[config.outlier_dtype], "outlier")
+        tensors["outlier_positions"] = (columns % config.outliers.block).to(torch.uint8)
+        base = weight.scatter(1, columns, 0.0) if outlier_mask is None else weight.masked_fill(outlier_mask, 0.0)
+        taken = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, columns, used)
+        importance = importance.masked_fill(taken, -1.0)
+    kept = None
+    if not config.pattern.is_dense:
+        kept = select_kept(importance, config.pattern, mask, first_row).view(rows, -1)
+        base = base * (kept[:, :in_features] if mask is None else mask)
+        groups = kept.view(rows, -1, config.pattern.m).numpy()
+        tensors["positions"] = torch.from_numpy(encode_positions(groups, config.pattern, config.positions))
+
+    def stored(dense: Tensor) -> Tensor:
+        if kept is None:
+            return dense
+        padded = torch.nn.functional.pad(dense, (0, kept.shape[1] - in_features))
+        return torch.from_numpy(padded.numpy()[kept.numpy()]).view(rows, -1)  # numpy is the faster at this
+
+    if config.weight_dtype in INTEGER_DTYPES:
+        q, scales = quantize(base, config.weight_dtype, config.group_size, column_weight, scales)
+        tensors["values"] = pack_integers(stored(q), config.weight_dtype)
+        tensors["scales"] = scales.view(torch.int16)
+    else:
+        tensors["values"] = to_float_bits(stored(base), FLOAT_DTYPES[config.weight_dtype])
+    return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,37 +12,55 @@ from ..patterns import NMPattern, OutlierPattern
 _FILLER = -2.0  # below any importance (≥ 0) and below a column already taken as an outlier (-1)
 
 
-def select_kept(importance: Tensor, pattern: NMPattern, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select_kept(importance: Tensor, pattern: NMPattern, mask: Tensor | None = None, first_row: int = 0) -> Tensor:
     """Mark n of every m columns.
 
     Args:
         importance: `[rows, in_features]`, at least 0, or -1 where a column is already kept as an outlier.
         mask: bool `[rows, in_features]`, what must be marked; importance is then not used.
+        first_row: the number of the first row, for errors.
 
     Returns:
-        Masks, bool `[rows, groups, m]` with exactly n set, and the marked columns `[rows, groups·n]`, ascending. Groups
-        with fewer than n real candidates mark outliers' columns, then columns past the end.
+        Masks, bool `[rows, groups, m]` with exactly n set, ties going to the lower column. Groups with fewer than n
+        real candidates mark outliers' columns, then columns past the end.
 
     Raises:
         NMError: `mask` marks more than n columns of a group.
     """
     rows, in_features = importance.shape
     groups = pattern.groups(in_features)
-    ranking = importance if mask is None else mask.to("cpu", torch.float32)
-    ranking = torch.nn.functional.pad(ranking, (0, groups * pattern.m - in_features), value=_FILLER)
-    ranking = ranking.view(rows, groups, pattern.m)
-    if mask is not None:
-        marked = (ranking > 0).sum(dim=-1)
-        if (marked > pattern.n).any():
-            row, group = (marked > pattern.n).nonzero()[0].tolist()
-            raise NMError(
-                f"mask keeps {marked[row, group]} of {pattern.m} in row {row}, columns {group * pattern.m} and on; "
-                f"{pattern} keeps at most {pattern.n}."
-            )
-    order = ranking.argsort(dim=-1, descending=True, stable=True)[..., : pattern.n]
-    kept = torch.zeros(ranking.shape, dtype=torch.bool).scatter_(-1, order, True)
-    columns = order.sort(dim=-1).values + torch.arange(groups).view(1, -1, 1) * pattern.m
-    return kept, columns.view(rows, -1)
+    past = groups * pattern.m - in_features
+    if mask is None:
+        ranking = torch.nn.functional.pad(importance, (0, past), value=_FILLER).view(rows, groups, pattern.m)
+        return _largest(ranking, pattern.n)
+    kept = torch.nn.functional.pad(mask.cpu(), (0, past)).view(rows, groups, pattern.m)
+    marked = torch.from_numpy(kept.numpy().sum(axis=-1, dtype=np.uint8))
+    if (marked > pattern.n).any():
+        row, group = (marked > pattern.n).nonzero()[0].tolist()
+        raise NMError(
+            f"mask keeps {marked[row, group]} of {pattern.m} in row {first_row + row}, columns {group * pattern.m} and "
+            f"on; {pattern} keeps at most {pattern.n}."
+        )
+    unfilled = marked < pattern.n
+    if unfilled.any():
+        inside = (torch.arange(groups * pattern.m).view(1, groups, pattern.m) < in_features).expand_as(kept)
+        kept[unfilled] = _largest(kept[unfilled].float() + inside[unfilled], pattern.n)
+    return kept
+
+
+def _largest(ranking: Tensor, n: int) -> Tensor:
+    """Bool `[..., m]`: the n largest along the last dimension of a float32 tensor, ties going to the lower index."""
+    values = ranking.numpy()
+    smallest = np.partition(values, -n, axis=-1)[..., -n, None]
+    kept = values >= smallest
+    crowded = kept.sum(axis=-1, dtype=np.uint16) > n
+    if crowded.any():
+        tied, least = values[crowded], smallest[crowded]
+        above = tied > least
+        places = n - above.sum(axis=-1, keepdims=True)
+        ties = tied == least
+        kept[crowded] = above | (ties & (ties.cumsum(axis=-1) <= places))
+    return torch.from_numpy(kept)
 
 
 def select_outliers(
@@ -71,10 +90,9 @@ def select_outliers(
     for block, count in blocks:
         if outlier_mask is not None and ((block > 0).sum(dim=-1) > count).any():
             raise NMError(f"outlier_mask marks more columns than the {count} that a block of {block.shape[-1]} keeps.")
-        order = block.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
-        offsets = torch.arange(block.shape[1]).view(1, -1, 1) * outliers.block + start
-        all_columns.append((order + offsets).view(rows, -1))
-        start += block.shape[1] * outliers.block
+        chosen = _largest(block, count).view(rows, -1)
+        all_columns.append(chosen.nonzero()[:, 1].view(rows, -1) + start)
+        start += chosen.shape[1]
     columns = torch.cat(all_columns, dim=1)
     used = torch.ones_like(columns, dtype=torch.bool) if outlier_mask is None else outlier_mask.cpu().gather(1, columns)
     return columns, used

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import LayerConfig
+from ..packing.row_blocks import row_blocks
 from ..packing.selection import select_kept, select_outliers
 from ..patterns import NMPattern, OutlierPattern
 
@@ -22,15 +23,21 @@ def base_mask(pattern: NMPattern, scores: Tensor) -> Tensor:
     """
     if pattern.is_dense:
         return scores >= 0
-    kept, _ = select_kept(scores, pattern)
-    return kept.view(len(scores), -1)[:, : scores.shape[1]] & (scores >= 0)
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    for rows in row_blocks(*scores.shape):
+        part = scores[rows]
+        kept = select_kept(part, pattern).view(len(part), -1)
+        mask[rows] = kept[:, : scores.shape[1]] & (part >= 0)
+    return mask
 
 
 @singledispatch
 def outliers_mask(outliers: OutlierPattern, scores: Tensor) -> Tensor:
     """The outliers of highest score; as `base_mask`, but what must not be chosen is where nothing else is left."""
-    columns, used = select_outliers(scores, outliers)
-    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, columns, used)
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    for rows in row_blocks(*scores.shape):
+        mask[rows].scatter_(1, *select_outliers(scores[rows], outliers))
+    return mask
 
 
 def choose_masks(
