@@ -1,7 +1,6 @@
-"""convert-onnx on every form in which a constant weight occurs, and on what it must refuse."""
+"""convert-onnx on every form in which a constant weight occurs."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,82 +10,29 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from convert_models import (
+    HALF_TYPES,
+    IN,
+    OUT,
+    assert_same_outputs,
+    convert,
+    dense,
+    linear_model,
+    node,
+    run,
+    sparse,
+    structure,
+    two_layers,
+    vector,
+    write_model,
+)
 from onnx import TensorProto, helper, numpy_helper
 
 from optimum_nm import PackedWeight
 from optimum_nm.errors import NMError
-from optimum_nm.onnx.checker import check_file
 from optimum_nm.onnx.convert import convert_onnx
 from optimum_nm.onnx.operator import is_matmul_nm
 from optimum_nm.runtime.session import session_options
-
-HALF_TYPES = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat16}
-IN, OUT = 40, 24  # no multiple of 16: the last group is half a group
-
-
-def sparse(out_features=OUT, in_features=IN, pattern="8:16", seed=0):
-    """An N:M sparse weight whose elements are float16 values."""
-    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed))
-    return PackedWeight.pack(weight, pattern).unpack().numpy()
-
-
-def dense(out_features=OUT, in_features=IN, seed=0):
-    return np.random.default_rng(seed).standard_normal((out_features, in_features)).astype(np.float32)
-
-
-def vector(size=OUT, seed=1):
-    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
-
-
-def node(op_type, inputs, output, name=None, **attributes):
-    return helper.make_node(op_type, inputs.split(), [output], name=name or f"node of {output}", **attributes)
-
-
-def write_model(path, nodes, constants, opset=17, ir_version=8, sizes=(IN, OUT), rank=3, external=False, **graph):
-    """x [..., sizes[0]] → nodes → y [..., sizes[1]], constants as initializers."""
-    dims = ["a", "b", "c"][: rank - 1]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [*dims, sizes[0]]), *graph.pop("inputs", [])]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [*dims, sizes[1]])]
-    tensors = [t if isinstance(t, TensorProto) else numpy_helper.from_array(t, n) for n, t in constants.items()]
-    graph = helper.make_graph(nodes, "model", inputs, outputs, tensors, **graph)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
-    options = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0} if external else {}
-    onnx.save(model, path, **options)
-    return path
-
-
-def linear_model(path, weight, op="MatMul", name="/mlp/up/MatMul", **options):
-    return write_model(path, [node(op, "x w", "y", name)], {"w": np.ascontiguousarray(weight.T)}, **options)
-
-
-def run(path, options=None, rank=3, size=IN):
-    """The output for fixed activations, from ONNX Runtime alone or with these session options."""
-    session = onnxruntime.InferenceSession(str(path), options)
-    x = np.random.default_rng(3).standard_normal((2, 3, 5, size)[4 - rank :]).astype(np.float32)
-    return session.run(None, {"x": x})[0]
-
-
-def assert_same_outputs(source, target, tolerance=1e-5, **inputs):
-    expected = run(source, **inputs)
-    for options in (session_options(1), None):
-        found = run(target, options, **inputs)
-        assert found.shape == expected.shape and found.dtype == expected.dtype
-        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
-
-
-def convert(source, **options):
-    """The converted model's path and what the conversion did."""
-    target = source.with_name("packed.onnx")
-    summary = convert_onnx(source, target, **options)
-    check_file(target)
-    return target, summary
-
-
-def structure(path):
-    """Operator types in order, and the initializers' names, of the outermost graph."""
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return [node.op_type for node in graph.node], {tensor.name for tensor in graph.initializer}
-
 
 GEMM = {"rank": 2}
 FORMS = {
@@ -341,197 +287,6 @@ def test_converting_again_packs_what_was_left(tmp_path):
     convert_onnx(once, twice, "16:16", "float32")
     assert structure(twice)[0] == ["MatMulNM", "MatMulNM"]
     assert_same_outputs(source, twice)
-
-
-def two_layers(path, second, **options):
-    nodes = [node("MatMul", "x w", "h", "/up/MatMul"), node("MatMul", "h onnx::MatMul_7", "y", "/lm_head/MatMul")]
-    constants = {"w": sparse(IN, IN).T.copy(), "onnx::MatMul_7": second.T.copy()}
-    return write_model(path, nodes, constants, **options)
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_a_weight_that_is_not_sparse_is_refused_by_name(tmp_path):
-    weight = sparse()
-    weight[3, 32:35] = 1  # the last group, eight columns wide, is full then
-    weight[3, 16:32] = np.arange(16) < 9
-    source = two_layers(tmp_path / "model.onnx", weight)
-    before = files(tmp_path)
-    message = (
-        "weight 'onnx::MatMul_7' of node '/lm_head/MatMul' keeps 9 of 16 in row 3, group 1; 8:16 keeps at most 8: "
-        "leave it as it is by --exclude 'lm_head', or all such by --skip-dense."
-    )
-    with pytest.raises(NMError) as refusal:
-        convert(source)
-    assert str(refusal.value) == message and files(tmp_path) == before
-
-
-@pytest.mark.parametrize("wildcard", ["lm_head", "lm_*", "onnx::MatMul_7", "/lm_head/*"])
-def test_exclude_takes_the_name_of_the_module_the_tensor_or_the_node(tmp_path, wildcard):
-    source = two_layers(tmp_path / "model.onnx", dense())
-    target, summary = convert(source, exclude=[wildcard])
-    assert structure(target)[0] == ["MatMulNM", "MatMul"]
-    assert [(weight.name, weight.kept_because) for weight in summary.kept] == [("lm_head", "it is excluded")]
-    assert_same_outputs(source, target)
-
-
-def test_skip_dense_lists_what_is_left(tmp_path):
-    source = two_layers(tmp_path / "model.onnx", dense())
-    target, summary = convert(source, skip_dense=True)
-    assert structure(target)[0] == ["MatMulNM", "MatMul"]
-    assert "Left as it is: lm_head, because it keeps 16 of 16 in row 0, group 0." in str(summary).splitlines()
-    assert summary.bytes_after == sum(os.path.getsize(f"{target}{suffix}") for suffix in ("", ".data"))
-
-
-def truncate(source):
-    source.write_bytes(source.read_bytes()[:-100])
-
-
-def scramble(source):
-    source.write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 2000, dtype=np.uint8)))
-
-
-def spoil_name(source):
-    source.write_bytes(source.read_bytes().replace(b"/up/MatMul", b"/up/\xff\xfftMul"))
-
-
-def lose_data(source):
-    source.with_name("weights.bin").unlink()
-
-
-def truncate_data(source):
-    data = source.with_name("weights.bin")
-    data.write_bytes(data.read_bytes()[:-1])
-
-
-def link_data_elsewhere(source):
-    data = source.with_name("weights.bin")
-    outside = data.rename(data.parent.parent / f"{data.parent.name}.bin")
-    data.symlink_to(outside)
-
-
-def sparsify_initializer(source):
-    model = onnx.load(str(source))
-    values = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
-    indices = helper.make_tensor("i", TensorProto.INT64, [1], [0])
-    del model.graph.initializer[0]
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [IN, IN]))
-    onnx.save(model, str(source))
-
-
-DAMAGES = {
-    truncate: "is not a valid ONNX model",
-    scramble: "is not a valid ONNX model",
-    spoil_name: r"is not a valid ONNX model \(a name in it is not UTF-8\)",
-    lose_data: "is not a valid ONNX model .*weights.bin",
-    truncate_data: "is not a valid ONNX model",
-    link_data_elsewhere: "is not a valid ONNX model",
-    sparsify_initializer: "has sparse initializers",
-    Path.unlink: "is no file",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_models(tmp_path, damage):
-    source = two_layers(tmp_path / "model.onnx", sparse(), external=True)
-    damage(source)
-    before = files(tmp_path) if damage is not link_data_elsewhere else None
-    with pytest.raises(NMError, match=DAMAGES[damage]):
-        convert(source)
-    assert before is None or files(tmp_path) == before
-    assert not source.with_name("packed.onnx").exists()
-
-
-REFUSED = {
-    "nothing to multiply by": ([node("Relu", "x", "y")], {}, {"sizes": (IN, IN)}, "nothing to pack"),
-    "dense": ([node("MatMul", "x w", "y")], {"w": dense().T}, {}, "has no 8:16 sparse weight to pack: weight 'w'"),
-    "an input": (
-        [node("MatMul", "x w", "y")],
-        {"w": sparse().T},
-        {"inputs": [helper.make_tensor_value_info("w", TensorProto.FLOAT, [IN, OUT])]},
-        "nothing to pack",
-    ),
-    "used otherwise": (
-        [node("MatMul", "x w", "h"), node("ReduceSum", "w", "s"), node("Add", "h s", "y")],
-        {"w": sparse().T},
-        {},
-        "has no weight to pack: weight 'w' .* is left because ReduceSum uses it too",
-    ),
-    "infinite": ([node("MatMul", "x w", "y")], {"w": np.where(sparse().T > 2, np.inf, sparse().T)}, {}, "not finite"),
-    "too large": ([node("MatMul", "x w", "y")], {"w": sparse().T * np.float32(1e6)}, {}, "float16 cannot hold"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_models_with_nothing_that_can_be_packed(tmp_path, case):
-    nodes, constants, options, message = REFUSED[case]
-    constants = {name: np.array(tensor, order="C") for name, tensor in constants.items()}
-    source = write_model(tmp_path / "model.onnx", nodes, constants, **options)
-    before = files(tmp_path)
-    with pytest.raises(NMError, match=message):
-        convert(source, skip_dense=True)
-    assert files(tmp_path) == before
-
-
-OPTIONS = {
-    "pattern": ("8:17", "group width 17"),
-    "weight_dtype": ("int5", "weight_dtype is 'int5'"),
-    "group_size": (24, "group_size is 24"),
-    "positions": ("list", "positions is 'list'"),
-    "accuracy_level": (2, "accuracy_level is 2"),
-    "exclude": (["lm_haed"], "exclude pattern 'lm_haed' matches no weight; one is called 'mlp.up'"),
-}
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_wrong_options(tmp_path, option):
-    value, message = OPTIONS[option]
-    source = linear_model(tmp_path / "model.onnx", sparse())
-    with pytest.raises(NMError, match=message):
-        convert(source, **{option: value})
-    assert list(files(tmp_path)) == ["model.onnx"]
-
-
-def test_outputs_that_are_refused(tmp_path):
-    source = linear_model(tmp_path / "model.onnx", sparse(), external=True)
-    (tmp_path / "folder.onnx").mkdir()
-    (tmp_path / "old.onnx").write_text("old")
-    data = source.with_name("weights.bin").rename(tmp_path / "packed.onnx.data")
-    model = onnx.load(str(source), load_external_data=False)
-    for tensor in model.graph.initializer:
-        tensor.external_data[0].value = data.name
-    onnx.save(model, str(source))
-    cases = {
-        "model.onnx": "would replace .*model.onnx, which belongs to the model",
-        "packed.onnx": "would replace .*packed.onnx.data, which belongs to the model",
-        "folder.onnx": "exists",
-        "missing/packed.onnx": "is no folder",
-    }
-    before = sorted(path.name for path in tmp_path.iterdir())
-    for name, message in cases.items():
-        with pytest.raises(NMError, match=message):
-            convert_onnx(source, tmp_path / name, overwrite=True)
-    with pytest.raises(NMError, match="exists"):
-        convert_onnx(source, tmp_path / "old.onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    convert_onnx(source, tmp_path / "old.onnx", overwrite=True)
-    assert_same_outputs(source, tmp_path / "old.onnx")
-
-
-def test_a_failure_on_the_way_leaves_the_old_output(tmp_path, monkeypatch):
-    source = linear_model(tmp_path / "model.onnx", sparse())
-    convert(source)
-    before = files(tmp_path)
-
-    def disk_full(self, data):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", disk_full)
-    with pytest.raises(NMError, match=r"cannot be written \(No space left on device\)"):
-        convert(source, overwrite=True)
-    assert files(tmp_path) == before
 
 
 def write_wide_model(path, layers=16, size=1024):
