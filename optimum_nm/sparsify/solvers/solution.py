@@ -32,12 +32,12 @@ class Solution:
         return kept.to(self.weight.device)
 
 
-def damped(gram: Tensor, share: float) -> Tensor:
-    """G + share · mean(diag G) · I in float64; the identity's share is 1 for inputs that are all zero."""
-    gram = gram.double()
+def damped(gram: Tensor, share: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """G + share · mean(diag G) · I, in memory of its own; the identity's share is 1 for inputs that are all zero."""
+    gram = gram.to(dtype, copy=True)
     mean = gram.diagonal().mean()
-    amount = share * mean if mean > 0 else torch.ones_like(mean)
-    return gram + amount * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram.diagonal().add_(share * mean if mean > 0 else torch.ones_like(mean))
+    return gram
 
 
 def normalized(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
