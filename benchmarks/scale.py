@@ -39,10 +39,9 @@ SHAPES = {
 }
 
 
-def write_dense(folder: Path, shape: str, layers: int, dtype: torch.dtype) -> None:
-    """A random Llama checkpoint, a file per block."""
+def llama_config(shape: str, layers: int, dtype: str) -> LlamaConfig:
     hidden, intermediate, _, heads, tied = SHAPES[shape]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -50,14 +49,27 @@ def write_dense(folder: Path, shape: str, layers: int, dtype: torch.dtype) -> No
         num_attention_heads=heads,
         num_key_value_heads=min(8, heads),
         tie_word_embeddings=tied,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         architectures=["LlamaForCausalLM"],
     )
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer whose tokens are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=bytes_only).save_pretrained(folder)
+
+
+def write_dense(folder: Path, shape: str, layers: int, stored: str) -> None:
+    """A random Llama checkpoint, a file per block."""
+    config, dtype = llama_config(shape, layers, stored), getattr(torch, stored)
     with torch.device("meta"):
         tensors = LlamaForCausalLM(config).state_dict()
     files: dict[str, list[str]] = {}
     for name in tensors:
-        if not (tied and name == "lm_head.weight"):
+        if not (config.tie_word_embeddings and name == "lm_head.weight"):
             part = name.split(".")[2] if name.startswith("model.layers.") else "around"
             files.setdefault(f"model-{part}.safetensors", []).append(name)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -71,10 +83,7 @@ def write_dense(folder: Path, shape: str, layers: int, dtype: torch.dtype) -> No
     weight_map = {name: file for file, names in files.items() for name in names}
     (partial / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config.save_pretrained(partial)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=bytes_only).save_pretrained(partial)
+    save_byte_tokenizer(partial)
     partial.rename(folder)
 
 
@@ -147,7 +156,7 @@ def main() -> None:
         sparsify(dense, arguments.process, config, arguments)
         return
     if not dense.exists():
-        write_dense(dense, arguments.shape, arguments.layers, getattr(torch, arguments.stored))
+        write_dense(dense, arguments.shape, arguments.layers, arguments.stored)
     streamed, in_memory = arguments.work / "streamed", arguments.work / "in-memory"
     results = {"streamed": run(streamed, arguments.kill_after)}
     if arguments.in_memory:
