@@ -27,7 +27,9 @@ from .sparsify.checkpoint import check_target, write_checkpoint
 from .sparsify.distill import distill_last
 from .sparsify.layer import LayerSolver, solve_layer
 from .sparsify.pipeline import resolve_names, sparsify_model
+from .sparsify.ranks import check_shares, count, first_rank, gather, rank
 from .sparsify.summary import Allocation, SparsificationSummary
+from .sparsify.together import together
 from .sparsify.work_folder import WorkFolder, remove_left_over, work_folder
 
 # Arguments of from_pretrained that say where the files are; the tokenizer is looked for in the same place.
@@ -89,6 +91,7 @@ class NMOptimizer:
             self._weights, self._load = LoadedWeights(self._load()), None
         return self._weights.model
 
+    @together()
     def optimize(
         self,
         save_dir: str | Path,
@@ -109,8 +112,11 @@ class NMOptimizer:
         Every finished decoder block is on the disk, in the folder `.NAME.nm-partial` beside `save_dir`. If the process
         ends early, however it does, the same call goes on after the last finished block, to the same bytes.
 
+        Processes that torchrun or `accelerate launch` started work together: each runs its share of the calibration
+        windows and solves its share of a block's layers, and the first writes the folder.
+
         Args:
-            save_dir: the folder to create.
+            save_dir: the folder to create, on a disk that all processes see.
             config: NMConfig() by default. With `target_bits` the whole model is loaded to choose by, with `distill` the
                 whole model stays in memory.
             calibration: text file, .jsonl file, "wikitext2", "c4", list of strings, or `datasets` object; "self" for
@@ -124,34 +130,34 @@ class NMOptimizer:
 
         Raises:
             NMError: an input is not usable, in which case nothing is left at `save_dir`; or there is an earlier run for
-                `save_dir` with another configuration, model or calibration; or the disk is full.
+                `save_dir` with another configuration, model, calibration or number of processes.
+            Interrupted: the disk is full, or another process has ended.
             KeyboardInterrupt: Ctrl-C, with a sentence that says how to go on.
         """
         config = self._checked(NMConfig() if config is None else config)
         if config.distill is not None:
             _ = self.model  # whole, as for gradients through all blocks
         budget = _bytes(memory_budget)
-        remove_left_over(Path(save_dir).expanduser().absolute())
-        target = check_target(save_dir, overwrite)
+        progress = progress and rank() == 0
+        target = first_rank(partial(_free_target, save_dir, overwrite))
         with work_folder(target, restart) as work:
             if device is not None:
                 self._weights.to(device)
-            windows = self._windows(config, calibration, progress)
+            windows = first_rank(partial(self._windows, config, calibration, progress))
+            check_shares(windows, config)
             work.begin(self._identity(config, windows))
-            config, allocation = self._chosen(config, windows, progress, work)
+            config, allocation = first_rank(partial(self._chosen, config, windows, progress, work))
             dense = self._dense_model(config)
             summary = sparsify_model(self._weights, windows, config, progress, work=work, memory_budget=budget)
             summary.allocation = allocation
             if dense is not None:
                 distill_last(self._weights.model, dense, windows, config, summary, progress, work)
-            write_checkpoint(
-                work.new_checkpoint(), self._weights.model, self.tokenizer, config, summary, work.tensors()
-            )
-            work.publish(target)
+            first_rank(partial(self._write, target, config, summary, work))
         if self._load is not None:
             self._load = partial(NMModel.from_pretrained, target)
         return summary
 
+    @together()
     def sparsify(
         self,
         config: NMConfig,
@@ -172,11 +178,13 @@ class NMOptimizer:
         """
         config = self._checked(config)
         model, allocation = self.model, None
+        progress = progress and rank() == 0
         if device is not None:
             self._weights.to(device)
-        windows = self._windows(config, calibration, progress)
+        windows = first_rank(partial(self._windows, config, calibration, progress))
+        check_shares(windows, config)
         if config.target_bits is not None:
-            config, allocation = allocate_layers(model, windows, config, progress)
+            config, allocation = first_rank(partial(allocate_layers, model, windows, config, progress))
         dense = self._dense_model(config)
         summary = sparsify_model(self._weights, windows, config, progress, solve)
         summary.allocation = allocation
@@ -232,10 +240,13 @@ class NMOptimizer:
     def _identity(self, config: NMConfig, windows: torch.Tensor) -> dict[str, str]:
         """Digests of all that the result depends on, under the names users have for it."""
         settings = json.dumps(config.to_dict()).encode()
+        if any(other != settings for other in gather(settings)):
+            raise NMError("the processes have different configurations; start all of them with the same options.")
         return {
             "configuration": hashlib.sha256(settings).hexdigest(),
             "model": self._weights.digest(),
             "calibration text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "number of processes": str(count()),
         }
 
     def _chosen(
@@ -255,6 +266,17 @@ class NMOptimizer:
         self._weights.close(names)
         work.choose({"config": config.to_dict(), "allocation": asdict(allocation)})
         return config, allocation
+
+    def _write(self, target: Path, config: NMConfig, summary: SparsificationSummary, work: WorkFolder) -> None:
+        model = self._weights.model
+        write_checkpoint(work.new_checkpoint(), model, self.tokenizer, config, summary, work.tensors())
+        work.publish(target)
+
+
+def _free_target(save_dir: str | Path, overwrite: bool) -> Path:
+    """As `check_target`, after what is left of a run that has been published is removed."""
+    remove_left_over(Path(save_dir).expanduser().absolute())
+    return check_target(save_dir, overwrite)
 
 
 def _bytes(size: int | str | None) -> int | None:

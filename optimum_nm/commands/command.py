@@ -14,6 +14,7 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 from ..errors import NMError
+from ..launch import launched_processes
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class Command(BaseOptimumCLICommand):
 
     A child gives COMMAND, `add_options` and `outcome`. The exit status is 0, 1 after an NMError (one line on standard
     error) or an outcome that is not ok, and 2 for wrong usage.
+
+    Attributes:
+        TOGETHER: whether processes that a launcher starts work together; `outcome` is None for all but one.
     """
+
+    TOGETHER = False
 
     @classmethod
     def parse_args(cls, parser: ArgumentParser) -> None:
@@ -45,15 +51,19 @@ class Command(BaseOptimumCLICommand):
     def add_options(parser: ArgumentParser) -> None:
         raise NotImplementedError
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Outcome | None:
         raise NotImplementedError
 
     def run(self) -> None:
         try:
+            if launched_processes() > 1 and not self.TOGETHER:
+                raise NMError(f"`{self.COMMAND.name}` runs in one process, and {launched_processes()} were started.")
             with redirect_stdout(sys.stderr):  # libraries print, and what is printed here is for programs to read
                 outcome = self.outcome()
         except NMError as error:
-            sys.exit(f"{self.parser.prog}: error: {' '.join(str(error).split())}")
+            sys.exit(1 if error.reported else f"{self.parser.prog}: error: {' '.join(str(error).split())}")
+        if outcome is None:
+            return
         print(json.dumps(_without_nan(outcome.data), indent=2) if self.args.json else outcome.text)
         if not outcome.ok:
             sys.exit(1)

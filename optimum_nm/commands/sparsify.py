@@ -6,13 +6,14 @@ from argparse import SUPPRESS, ArgumentParser
 
 from optimum.commands.base import CommandInfo
 
-from ..errors import NMError
+from ..errors import Interrupted
 from .calibration_option import add_calibration_option, read_calibration
 from .command import Command, Outcome, check_device, split_gguf
 from .config_options import add_config_options, read_config
 
 
 class SparsifyCommand(Command):
+    TOGETHER = True
     COMMAND = CommandInfo("sparsify", help="make a packed N:M sparse checkpoint of a Hugging Face model")
 
     @staticmethod
@@ -34,7 +35,12 @@ class SparsifyCommand(Command):
             metavar="SIZE",
             help="what hidden states may take in memory, as 4GB; if they take more, they live on the disk",
         )
-        parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
+        parser.add_argument(
+            "--device",
+            default="cpu",
+            help="where to compute: cpu, cuda (of several processes, each its own GPU), cuda:1, …, or auto, a GPU if "
+            "there is one",
+        )
         parser.add_argument(
             "--dtype",
             choices=("float32", "float16", "bfloat16"),
@@ -43,12 +49,21 @@ class SparsifyCommand(Command):
         parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
         add_config_options(parser)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Outcome | None:
+        from ..sparsify.together import together
+
+        with together():
+            return self._outcome()
+
+    def _outcome(self) -> Outcome | None:
         config = read_config(self.args)
 
         from ..optimizer import NMOptimizer
+        from ..sparsify.ranks import rank
+        from ..sparsify.together import own_device
 
-        check_device(self.args.device)
+        device = own_device(self.args.device)
+        check_device(device)
         name, location = split_gguf(self.args.model)
         optimizer = NMOptimizer.from_pretrained(
             name, dtype=self.args.dtype, trust_remote_code=self.args.trust_remote_code, **location
@@ -61,10 +76,12 @@ class SparsifyCommand(Command):
                 overwrite=self.args.overwrite,
                 restart=self.args.restart,
                 memory_budget=self.args.memory_budget,
-                device=self.args.device,
+                device=device,
             )
         except KeyboardInterrupt as interrupt:
-            raise NMError(str(interrupt)) from None
+            raise Interrupted(str(interrupt)) from None
+        if rank() > 0:
+            return None
         memory = f"{summary.peak_bytes / 1e9:.1f} GB of memory at most"
         written = f"Written to {self.args.output} in {summary.seconds:.0f} s, with {memory}."
         measured = {"seconds": summary.seconds, "peak_bytes": summary.peak_bytes}

@@ -18,6 +18,7 @@ from .block_inputs import BlockInputs
 from .equalize import fold_block
 from .finetune import finetune_block
 from .layer import LayerSolver, give_integers, needs_gram, pack_layer
+from .ranks import divide
 from .solvers import Solution
 from .statistics import InputStatistics, StatisticsCollector
 from .summary import BlockLoss, LayerSummary
@@ -61,8 +62,7 @@ def sparsify_block(
     if targets is None:
         packed, summaries = _pack_each(linears, statistics, config, folded, solve)
     else:
-        names = _packed(linears, config)
-        solutions = {name: _solve(name, linears, statistics, config, folded, solve) for name in names}
+        solutions = _solve_each(linears, statistics, config, folded, solve)
         if solutions:
             solutions, loss = _finetune(index, linears, inputs, targets, statistics, solutions, config)
         packed, summaries = _pack(linears, statistics, solutions, config)
@@ -89,6 +89,16 @@ def _collector(linears: dict[str, nn.Module], inputs: BlockInputs, config: NMCon
     return StatisticsCollector(linears, needs_gram(config), len(inputs.batches), config.seed)
 
 
+def _solve_each(
+    linears: dict[str, nn.Module],
+    statistics: dict[str, InputStatistics],
+    config: NMConfig,
+    folded: set[str],
+    solve: LayerSolver,
+) -> dict[str, Solution]:
+    return divide(_costs(linears, config), lambda name: _solve(name, linears, statistics, config, folded, solve))
+
+
 def _pack_each(
     linears: dict[str, nn.Module],
     statistics: dict[str, InputStatistics],
@@ -97,15 +107,28 @@ def _pack_each(
     solve: LayerSolver,
 ) -> tuple[dict[str, PackedWeight], list[LayerSummary]]:
     """One layer after the other, so that one solution is in memory."""
-    packed: dict[str, PackedWeight] = {}
-    summaries: list[LayerSummary] = []
-    for name in _packed(linears, config):
+
+    def pack(name: str) -> tuple[PackedWeight, LayerSummary]:
         solution = _solve(name, linears, statistics, config, folded, solve)
         weight = dense_weight(linears[name]).detach().float()
         solution = give_integers(weight, solution, statistics[name], _layer(config, name), config)
-        packed[name], summary = pack_layer(name, weight, solution, statistics[name], _layer(config, name))
-        summaries.append(summary)
-    return packed, summaries
+        return pack_layer(name, weight, solution, statistics[name], _layer(config, name))
+
+    return _parted(divide(_costs(linears, config), pack))
+
+
+def _parted(
+    results: dict[str, tuple[PackedWeight, LayerSummary]],
+) -> tuple[dict[str, PackedWeight], list[LayerSummary]]:
+    packed = {name: weight for name, (weight, _) in results.items()}
+    return packed, [summary for _, summary in results.values()]
+
+
+def _costs(linears: dict[str, nn.Module], config: NMConfig) -> dict[str, int]:
+    """How much there is to do for each layer that is not excluded: products with its Gram matrix, if it needs one."""
+    shapes = {name: dense_weight(linears[name]).shape for name in _packed(linears, config)}
+    with_gram = needs_gram(config)
+    return {name: rows * width + with_gram * (rows + width) * width**2 for name, (rows, width) in shapes.items()}
 
 
 def _packed(linears: dict[str, nn.Module], config: NMConfig) -> list[str]:
@@ -152,11 +175,12 @@ def _finetune(
     layers = {name: _layer(config, name) for name in solutions}
     tuned, loss = train(solutions, {name: replace(layer, weight_dtype="float32") for name, layer in layers.items()})
     if any(layer.weight_dtype in INTEGER_DTYPES for layer in layers.values()):
-        integers = {
-            name: give_integers(solution.weight, solution, statistics[name], layers[name], config)
-            for name, solution in tuned.items()
-        }
-        tuned, integer_loss = train(integers, layers)
+        floats = tuned
+
+        def round_layer(name: str) -> Solution:
+            return give_integers(floats[name].weight, floats[name], statistics[name], layers[name], config)
+
+        tuned, integer_loss = train(divide(_costs(linears, config), round_layer), layers)
         loss = BlockLoss(loss.before, integer_loss.after)
     return tuned, loss
 
@@ -173,13 +197,12 @@ def _pack(
     solutions: dict[str, Solution],
     config: NMConfig,
 ) -> tuple[dict[str, PackedWeight], list[LayerSummary]]:
-    packed: dict[str, PackedWeight] = {}
-    summaries: list[LayerSummary] = []
-    for name, solution in solutions.items():
+
+    def pack(name: str) -> tuple[PackedWeight, LayerSummary]:
         weight = dense_weight(linears[name]).detach().float()
-        packed[name], summary = pack_layer(name, weight, solution, statistics[name], _layer(config, name))
-        summaries.append(summary)
-    return packed, summaries
+        return pack_layer(name, weight, solutions[name], statistics[name], _layer(config, name))
+
+    return _parted(divide(_costs(linears, config), pack))
 
 
 def _install(model: PreTrainedModel, packed: dict[str, PackedWeight], linears: dict[str, nn.Module]) -> None:

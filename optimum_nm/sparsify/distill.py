@@ -22,6 +22,7 @@ from ..nn.linear import NMLinear
 from ..packing.packed_weight import PackedWeight
 from ..packing.tensor_files import read_tensor
 from .architectures import decoder_blocks
+from .ranks import count, share
 from .solvers import Solution
 from .summary import BlockLoss, SparsificationSummary
 from .training import TrainedWeight, train
@@ -124,7 +125,7 @@ def distill(
     blocks = model.get_submodule(decoder_blocks(dense)[0])
     assert isinstance(blocks, nn.ModuleList)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    batches = windows.split(settings.batch_size)
+    batches = share(windows).split(settings.batch_size // count())
     linears = {name: module for name, module in blocks.named_modules() if isinstance(module, NMLinear)}
     trained = {name: _TrainedLinear(linear, model.device) for name, linear in linears.items()}
     nn.Module.float(model)  # transformers' own refuses a quantized model, as one loaded from a checkpoint

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.convert import DENSE_LINEARS, dense_weight, set_dense_weight
+from .ranks import broadcast
 from .statistics import InputStatistics
 
 # The linear whose outputs, one by one, scale the inputs of another of the same parent module.
@@ -61,7 +62,7 @@ def fold_block(
     def holds(changed: list[nn.Module], fold: Callable[[], None]) -> bool:
         kept = [(parameter, parameter.detach().clone()) for module in changed for parameter in module.parameters()]
         fold()
-        if (run().float() - output.float()).norm() <= allowed:
+        if broadcast(bool((run().float() - output.float()).norm() <= allowed)):
             return True
         for parameter, value in kept:
             parameter.copy_(value)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import LayerConfig
 from ..finetune_config import FinetuneConfig
 from .block_inputs import BlockInputs
+from .ranks import average_
 from .solvers import Solution
 from .summary import BlockLoss
 from .training import TrainedWeight, mean, train
@@ -39,7 +40,7 @@ def finetune_block(
     weights = {name: TrainedWeight(*solution) for name, solution in solutions.items()}
     vectors = {name: p.detach().float().clone().requires_grad_() for name, p in _vectors(block, settings)}
     energy = mean(_squared_error(target, hidden) for target, hidden in zip(targets, inputs.hidden, strict=True))
-    energy = energy.clamp_min(torch.finfo(torch.float32).tiny)
+    energy = average_(energy).clamp_min(torch.finfo(torch.float32).tiny)
 
     def loss(batch: int) -> Tensor:
         parameters = {f"{name}.weight": _as_parameter(block, name, weight.stored()) for name, weight in weights.items()}

@@ -26,6 +26,7 @@ from .block import install_empty, sparsify_block, sparsify_outside
 from .block_inputs import BlockInputs
 from .layer import LayerSolver, solve_layer
 from .memory_estimate import activation_bytes, estimate_bytes
+from .ranks import count, own_name, share
 from .summary import BlockLoss, LayerSummary, SparsificationSummary
 from .work_folder import WorkFolder
 
@@ -85,6 +86,7 @@ class _Run:
         self, weights: Weights, windows: Tensor, config: NMConfig, work: WorkFolder | None, memory_budget: int | None
     ) -> None:
         self._mark = time.perf_counter()
+        windows = share(windows)
         self._weights, self._config, self._work = weights, config, work
         self._model = model = weights.model
         self._blocks_name, self.blocks = decoder_blocks(model)
@@ -104,11 +106,11 @@ class _Run:
         spilled = memory_budget is not None and activation_bytes(model, windows, config) > memory_budget
         spill = work.path if work is not None and spilled else None
         self.summary.estimated_bytes = estimate_bytes(weights, self.blocks, windows, config, spill is not None)
-        self._hidden = Activations(spill, "hidden", weights.device)
+        self._hidden = Activations(spill, own_name("hidden"), weights.device)
         tuning = config.finetune_settings
         dense = tuning is not None and tuning.targets == "dense"
-        self._dense = Activations(spill, "dense", weights.device) if dense else None
-        self._targets = Activations(spill, "targets", weights.device) if tuning and not dense else None
+        self._dense = Activations(spill, own_name("dense"), weights.device) if dense else None
+        self._targets = Activations(spill, own_name("targets"), weights.device) if tuning and not dense else None
         self._inputs = self._record_inputs(windows)
         if work is not None and self.done:
             self._go_on(work)
@@ -170,7 +172,7 @@ class _Run:
         needed += [name for index in kinds.values() for name in self._names_of(index)]
         weights.open(needed)
         tuning = self._config.finetune_settings
-        batch_size = tuning.batch_size if tuning else None
+        batch_size = tuning.batch_size // count() if tuning else None
         inputs = BlockInputs(model, self.blocks, windows, batch_size, self._hidden, weights.device)
         weights.close(needed)
         if self._dense is not None:

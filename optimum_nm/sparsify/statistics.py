@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import NMError
 from ..nn.convert import dense_weight
+from .ranks import count, gather, maximum_, sum_
 
 SAMPLED_TOKENS = 2048  # inputs kept as they are, on which the output error is measured when there is no Gram matrix
 
@@ -45,6 +46,17 @@ class InputStatistics:
         chosen = torch.randint(len(rows), (min(sampled, len(rows)),), generator=generator)
         self.samples.append(rows[chosen.to(rows.device)])
 
+    def sum_over_ranks(self) -> InputStatistics:
+        """Those of the inputs on all ranks, in place."""
+        self.tokens = int(sum_(torch.tensor(self.tokens)))
+        sum_(self.square_sum)
+        maximum_(self.absolute_max)
+        if self.gram is not None:
+            sum_(self.gram)
+        else:
+            self.samples = [rows for of_rank in gather(self.samples) for rows in of_rank]
+        return self
+
     @property
     def norm(self) -> Tensor:
         """‖X_j‖₂, `[in_features]`; ones for a layer that no calibration token has reached."""
@@ -73,14 +85,14 @@ class StatisticsCollector:
     Args:
         linears: {full name: module}.
         with_gram: accumulate Gram matrices, `in_features²` floats each.
-        batches: how many batches will follow, which share SAMPLED_TOKENS.
+        batches: how many batches will follow on this rank, which share SAMPLED_TOKENS with those of the others.
         seed: of the choice of sampled tokens.
     """
 
     def __init__(self, linears: dict[str, nn.Module], with_gram: bool, batches: int, seed: int) -> None:
         self._linears = linears
         self._with_gram = with_gram
-        self._sampled = -(-SAMPLED_TOKENS // batches)
+        self._sampled = -(-SAMPLED_TOKENS // (batches * count()))
         self._generator = torch.Generator().manual_seed(seed)
         self._collected: dict[str, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
@@ -110,17 +122,20 @@ class StatisticsCollector:
         return collect
 
     def statistics(self) -> dict[str, InputStatistics]:
-        """Per layer name; the same object for layers that one tensor feeds.
+        """Of the inputs on all ranks, per layer name; the same object for layers that one tensor feeds.
 
         Raises:
             NMError: the inputs of a layer were not finite.
         """
+        leaders = {name: leader for of_rank in gather(self._leaders) for name, leader in of_rank.items()}
+        summed: dict[str, InputStatistics] = {}
         result = {}
         for name, module in self._linears.items():
-            leader = self._leaders.get(name, name)
-            if leader not in self._collected:
-                self._collected[leader] = InputStatistics.empty(module, self._with_gram)
-            result[name] = self._collected[leader]
+            leader = leaders.get(name, name)
+            if leader not in summed:
+                own = self._collected.get(leader) or InputStatistics.empty(module, self._with_gram)
+                summed[leader] = own.sum_over_ranks()
+            result[name] = summed[leader]
             if len(result[name].samples) > 1:
                 result[name].samples = [torch.cat(result[name].samples)]
             if not torch.isfinite(result[name].square_sum).all():

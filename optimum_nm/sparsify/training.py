@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import INTEGER_DTYPES, LayerConfig
 from ..finetune_config import TrainingConfig
 from ..packing.values import expand_scales, quantize, round_to_levels
+from .ranks import average_, average_gradients
 from .solvers import Solution
 
 BETAS = (0.9, 0.95)
@@ -63,8 +64,10 @@ def train(
 ) -> tuple[float, float]:
     """Minimise the mean of `loss` over batches by AdamW, and leave the best epoch in `weights` and `vectors`.
 
+    Ranks take every step together, with the mean of their gradients.
+
     Args:
-        loss: of a batch by its number.
+        loss: of a batch by its number; of this rank's share of it.
         count: how many batches there are.
         weights, vectors: what is trained, with and without weight decay.
         seed: of the choice of what is held out, and of the order of batches.
@@ -90,7 +93,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _decay(settings, len(batches)))
 
     def measure() -> float:
-        return mean(loss(batch) for batch in held_out or batches[:1]).item()
+        return average_(mean(loss(batch) for batch in held_out or batches[:1])).item()
 
     before = after = measure()
     best, epochs_without_gain = [tensor.detach().clone() for tensor in trained], 0
@@ -98,6 +101,7 @@ def train(
         for batch in torch.tensor(batches)[torch.randperm(len(batches), generator=generator)].tolist():
             with torch.enable_grad():
                 loss(batch).backward(inputs=trained)
+            average_gradients(trained)
             nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)
             optimizer.step()
             optimizer.zero_grad()

@@ -8,20 +8,23 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..errors import NMError
+from ..errors import Interrupted, NMError
 from ..packing.safetensors_files import TensorLocation, read_header
 from ..packing.tensor_files import tensor_checksum, write_tensors
 from .activations import Activations
 from .durable import durable_file, sync_folder, without_interruption
+from .ranks import broadcast, first_rank, gather, rank
+from .together import RankLost
 
 _MANIFEST, _LOCK, _CHECKPOINT, _REPLACED = "manifest.json", "lock", "checkpoint", "replaced"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -59,6 +62,8 @@ class WorkFolder:
     """A folder that only its files under their final names, and the manifest, make sense of: whatever moment a process
     is killed at, the manifest names whole files.
 
+    Of ranks that work together, all write their activations, and the first everything else.
+
     Args:
         path: exists already.
 
@@ -94,6 +99,11 @@ class WorkFolder:
         Raises:
             NMError: what is finished is of something else, or is damaged.
         """
+        self.manifest = first_rank(partial(self._begin, identity))
+        self.begun = True
+        return self.manifest
+
+    def _begin(self, identity: dict[str, str]) -> Manifest:
         if self.manifest is not None:
             other = [name for name, digest in identity.items() if self.manifest.identity.get(name) != digest]
             if other or self.manifest.format != _FORMAT:
@@ -106,7 +116,6 @@ class WorkFolder:
         else:
             self.manifest = Manifest(identity)
             self._write_manifest()
-        self.begun = True
         return self.manifest
 
     def choose(self, chosen: dict[str, Any]) -> None:
@@ -135,16 +144,30 @@ class WorkFolder:
         """
         assert self.manifest is not None
         with without_interruption():
-            name = f"part-{self.done:05}.safetensors"
-            checksums: dict[str, str] = {}
-            with durable_file(self.path / name) as stream:
-                checksums |= write_tensors(stream, tensors)
-            if activations:
-                self.manifest.activations = {each.name: each.save(self.path) for each in activations}
-            self.manifest.parts.append(Part(name, checksums, report))
-            self.manifest.seconds += seconds
-            self._write_manifest()
-            self._sweep()
+            saved = {each.name: each.save(self.path) for each in activations}
+            of_all = {name: of_rank[name] for of_rank in gather(saved) for name in of_rank}
+            if rank() == 0:
+                self._add_part(tensors, report, of_all, seconds)
+            self.manifest = broadcast(self.manifest)
+
+    def _add_part(
+        self,
+        tensors: Mapping[str, Tensor | TensorLocation],
+        report: dict[str, Any],
+        activations: dict[str, dict[str, Any]],
+        seconds: float,
+    ) -> None:
+        assert self.manifest is not None
+        name = f"part-{self.done:05}.safetensors"
+        checksums: dict[str, str] = {}
+        with durable_file(self.path / name) as stream:
+            checksums |= write_tensors(stream, tensors)
+        if activations:
+            self.manifest.activations = activations
+        self.manifest.parts.append(Part(name, checksums, report))
+        self.manifest.seconds += seconds
+        self._write_manifest()
+        self._sweep()
 
     def tensors(self) -> dict[str, tuple[TensorLocation, str]]:
         """Place and checksum of every finished tensor."""
@@ -197,9 +220,9 @@ class WorkFolder:
         """Remove the activations of blocks before the last finished one."""
         assert self.manifest is not None
         kept = {saved["file"] for saved in self.manifest.activations.values()}
-        names = {*self.manifest.activations, "targets"}
+        names = {name.partition(".")[0] for name in self.manifest.activations} | {"targets"}
         for file in self.path.iterdir():
-            if file.name.rpartition("-")[0] in names and file.name not in kept:
+            if file.name.rpartition("-")[0].partition(".")[0] in names and file.name not in kept:
                 file.unlink()
 
 
@@ -215,35 +238,53 @@ def work_folder(target: Path, restart: bool) -> Iterator[WorkFolder]:
 
     Raises:
         NMError: the folder cannot be written, or another process is writing it.
-        KeyboardInterrupt: with a sentence that says how to go on.
+        Interrupted: the disk is full, or another rank has ended, with a sentence that says how to go on.
+        KeyboardInterrupt: with such a sentence.
     """
     path = _path(target)
     created = [parent for parent in target.parents if not parent.exists()]
     work, useless = None, False
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with FileLock(path / _LOCK, timeout=0):
-            if restart or not (path / _MANIFEST).exists():
-                _clear(path)
+        with _opened(path, restart):
             work = WorkFolder(path)
             try:
                 yield work
-            except NMError:
-                useless = work.begun
+            except NMError as error:
+                useless = work.begun and not isinstance(error, Interrupted)
                 raise
+    except RankLost as lost:
+        raise Interrupted(f"{lost}{_how_to_go_on(work)}") from None
     except Timeout:
         raise NMError(f"another process is writing {path}; wait until it ends.") from None
     except OSError as error:
         reason = ": ".join(filter(None, (error.filename and Path(error.filename).name, error.strerror)))
-        raise NMError(f"output folder {target} cannot be written ({reason}).{_how_to_go_on(work)}") from None
+        raise Interrupted(f"output folder {target} cannot be written ({reason}).{_how_to_go_on(work)}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted.{_how_to_go_on(work)}") from None
     finally:
-        if work is not None and (useless or not work.done):
-            shutil.rmtree(path, ignore_errors=True)
-        for parent in created:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
+        if rank() == 0:
+            if work is not None and (useless or not work.done):
+                shutil.rmtree(path, ignore_errors=True)
+            for parent in created:
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+@contextmanager
+def _opened(path: Path, restart: bool) -> Iterator[None]:
+    """The folder, which the first rank makes and locks before the others see it."""
+    if rank() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        with FileLock(path / _LOCK, timeout=0):
+            if restart or not (path / _MANIFEST).exists():
+                _clear(path)
+            broadcast(None)
+            yield
+    else:
+        broadcast(None)
+        if not path.exists():
+            raise NMError(f"{path} is not there for rank {rank()}; the output must be on a disk that all ranks share.")
+        yield
 
 
 def remove_left_over(target: Path) -> None:
