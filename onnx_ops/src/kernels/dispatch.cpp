@@ -27,7 +27,8 @@ struct Registry {
   size_t count = 0;
   Registry() {
 #if defined(NM_HAVE_X86_KERNELS) || defined(NM_EMULATE_AVX512)
-    Append(Avx512Kernels());
+    Append(Avx512IntegerRows());
+    Append(Avx512FloatRows());
 #endif
 #if defined(NM_HAVE_X86_KERNELS)
     Append(Avx2IntegerRows());

@@ -1,0 +1,136 @@
+// Activations as the AVX-512 kernels take them: all rows of a kind together, each padded with zeros to whole steps.
+#ifndef NM_KERNELS_AVX512_ACTIVATIONS_H_
+#define NM_KERNELS_AVX512_ACTIVATIONS_H_
+
+#include "avx512_common.h"
+#include "row_turns.h"
+
+namespace nm {
+namespace {
+
+inline int64_t BlockColumns(const Layout& l) {  // columns of one int8 activation scale, and of one integer accumulator
+  if (l.scale_columns >= l.in_features) return 128;
+  return l.scale_columns % 256 == 0 ? 256 : l.scale_columns % 128 == 0 ? 128 : 64;
+}
+
+struct PackedRows {
+  int64_t columns;  // padded
+  int64_t blocks;
+  int64_t natural_columns;  // padded so that any position byte stays inside
+  int64_t ordered_columns;
+  size_t natural;  // float32 in order, for the outliers and for float32 and float16 weights
+  size_t ordered;  // float32 in the order of the weight vectors
+  size_t bytes;    // int8
+  size_t starts;   // int32[16] a block: −offset times the sum of the four bytes of a lane
+  size_t scales;   // float32 a block
+  size_t bases;    // int32 an outlier: first column of its block
+  size_t total;
+};
+
+int Interleave(const Layout& l) { return IsInteger(l.dtype) ? 4 : l.dtype == NM_BFLOAT16 ? 2 : 1; }
+
+inline PackedRows PlanRows(const Layout& l, int64_t rows, bool int8_activations) {
+  PackedRows p = {};
+  const int64_t block = BlockColumns(l);
+  p.columns = RoundUp(l.in_features, kStep);
+  p.blocks = (l.in_features + block - 1) / block;
+  p.natural_columns = p.columns + kLargestOutlierBlock;
+  Parts parts;
+  const bool needs_natural = l.row_outliers > 0 || (!int8_activations && Interleave(l) == 1);
+  p.natural = parts.Take(needs_natural ? rows * p.natural_columns * 4 : 0);
+  p.ordered_columns = Interleave(l) == 1 ? p.natural_columns : p.columns;
+  p.ordered = Interleave(l) == 1 ? p.natural : parts.Take(int8_activations ? 0 : rows * p.columns * 4);
+  p.bytes = parts.Take(int8_activations ? rows * p.columns : 0);
+  p.starts = parts.Take(int8_activations ? rows * p.blocks * 64 : 0);
+  p.scales = parts.Take(int8_activations ? rows * RoundUp(p.blocks, 16) * 4 : 0);
+  p.bases = parts.Take(RoundUp(l.row_outliers, 16) * 4);
+  p.total = parts.total();
+  return p;
+}
+
+inline void PackNatural(const Layout& l, const PackedRows& p, const float* a, float* row) {
+  memcpy(row, a, static_cast<size_t>(l.in_features) * sizeof(float));
+  memset(row + l.in_features, 0, static_cast<size_t>(p.natural_columns - l.in_features) * sizeof(float));
+}
+
+// Within each step: all columns 0 mod k, then all 1 mod k, … in the groups of 16 that shifted weight lanes meet.
+inline void PackInterleaved(const Layout& l, const PackedRows& p, const float* a, int k, float* row) {
+  for (int64_t column = 0; column < p.columns; column += 16 * k) {
+    const __m512i lanes = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                             _mm512_set1_epi32(k));
+    for (int j = 0; j < k; ++j) {
+      const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(column + j)));
+      const __mmask16 inside = _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(static_cast<int>(l.in_features)));
+      const __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, index, a, 4);
+      _mm512_store_ps(row + column + 16 * j, values);
+    }
+  }
+}
+
+// Rounds one block to int8 with its own scale. Activations that are not finite make the scale NaN, and so the outputs.
+inline float PackInt8Block(const float* a, int64_t count, int offset, uint8_t* bytes, int32_t* starts) {
+  __m512i largest = _mm512_setzero_si512();
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512i bits = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(LowMask(count - i)), a + i);
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
+  }
+  const uint32_t bits = _mm512_reduce_max_epu32(largest);
+  const float most = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(bits))));
+  const bool finite = bits < 0x7f800000u;
+  const __m512 inverse = _mm512_set1_ps(finite && most > 0x1p-120f ? 127.0f / most : 0.0f);
+  __m512i sums = _mm512_setzero_si512();
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t i = 0; i < RoundUp(count, kStep); i += 16) {
+    const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>(LowMask(count > i ? count - i : 0)), a + i);
+    const __m512i rounded = finite ? _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse)) : _mm512_setzero_si512();
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtsepi32_epi8(rounded));
+  }
+  for (int64_t i = 0; i < RoundUp(count, kStep); i += kStep) {
+    sums = _mm512_dpbusd_epi32(sums, ones, _mm512_load_si512(bytes + i));
+  }
+  _mm512_store_si512(starts, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-offset)));
+  if (!finite) return __builtin_nanf("");
+  return most > 0x1p-120f ? most / 127.0f : 0.0f;
+}
+
+inline void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed,
+                     bool int8_activations) {
+  const PackedRows p = PlanRows(l, rows, int8_activations);
+  uint8_t* base = static_cast<uint8_t*>(packed);
+  const int k = Interleave(l);
+  for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
+    if (l.row_outliers > 0 || (!int8_activations && k == 1)) {
+      PackNatural(l, p, a, reinterpret_cast<float*>(base + p.natural) + row * p.natural_columns);
+    }
+    if (int8_activations) {
+      const int64_t block = BlockColumns(l);
+      for (int64_t b = 0; b < p.blocks; ++b) {
+        const float scale = PackInt8Block(a + b * block, Min(block, l.in_features - b * block),
+                                          l.dtype == NM_INT8 ? 128 : 8, base + p.bytes + row * p.columns + b * block,
+                                          reinterpret_cast<int32_t*>(base + p.starts) + (row * p.blocks + b) * 16);
+        reinterpret_cast<float*>(base + p.scales)[row * RoundUp(p.blocks, 16) + b] = scale;
+      }
+    } else if (k > 1) {
+      PackInterleaved(l, p, a, k, reinterpret_cast<float*>(base + p.ordered) + row * p.columns);
+    }
+  }
+  if (first == 0) {
+    int32_t* bases = reinterpret_cast<int32_t*>(base + p.bases);
+    for (int64_t i = 0; i < l.row_outliers; ++i) bases[i] = static_cast<int32_t>(i / l.outlier_k * l.outlier_block);
+  }
+}
+
+inline void PackFloats(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
+  PackRows(l, a, first, count, rows, packed, false);
+}
+inline void PackBytes(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
+  PackRows(l, a, first, count, rows, packed, true);
+}
+inline size_t FloatRowsBytes(const Layout& l, int64_t rows) { return PlanRows(l, rows, false).total; }
+inline size_t Int8RowsBytes(const Layout& l, int64_t rows) { return PlanRows(l, rows, true).total; }
+
+}  // namespace
+}  // namespace nm
+
+#endif  // NM_KERNELS_AVX512_ACTIVATIONS_H_

@@ -1,0 +1,90 @@
+// What the AVX-512 kernels of floating-point and of integer weights share: one output row at a time, one sequential
+// stream per tensor, 64 columns a step, and nothing unpacked to memory but the masks of the row. A weight vector is
+// unpacked once for all activation rows.
+#ifndef NM_KERNELS_AVX512_ROWS_H_
+#define NM_KERNELS_AVX512_ROWS_H_
+
+#include "avx512_activations.h"
+#include "avx512_common.h"
+#include "row_turns.h"
+
+namespace nm {
+namespace {
+
+// How the stored values of a step are loaded.
+enum class Density {
+  kHalf,     // n·2 = m, m at most 16: 8 values for each 16 columns
+  kGeneral,  // 64·n/m values for 64 columns
+  kDense,    // no positions
+};
+
+// Values of a step; a constant where the pattern is, which the loops need to be unrolled.
+template <Density density>
+inline int64_t StepValues(int64_t general) {
+  return density == Density::kHalf ? kStep / 2 : density == Density::kDense ? kStep : general;
+}
+
+inline Density DensityOf(const Layout& l) {
+  if (l.dense) return Density::kDense;
+  return l.n * 2 == l.m && l.m <= 16 ? Density::kHalf : Density::kGeneral;
+}
+
+template <class Masks>
+Masks MasksOf(const MaskReader& reader, int64_t output, uint8_t* scratch) {
+  if constexpr (Masks::kStored) {
+    return reader.Stored(output, scratch);
+  } else {
+    return reader.Codes(output);
+  }
+}
+
+// Every mask is used once: no need to store it.
+inline bool ReadsCodes(const Layout& l, int64_t rows) { return l.n == 8 && l.m == 16 && !l.bitmap && rows <= 4; }
+
+// Outliers: sixteen at a time, the activations gathered.
+inline float OutlierDot(const Layout& l, int64_t output, const int32_t* bases, const float* a) {
+  const uint8_t* positions = l.outlier_positions + output * l.row_outliers;
+  const uint8_t* values = l.outlier_values + output * l.outlier_bytes;
+  const bool half = l.outlier_dtype == NM_FLOAT16;
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < l.row_outliers; i += 16) {
+    const int64_t left = l.row_outliers - i;
+    const __mmask16 inside = static_cast<__mmask16>(LowMask(left));
+    _mm_prefetch(reinterpret_cast<const char*>(values + 2 * i + kPrefetch), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(positions + i + kPrefetch), _MM_HINT_T0);
+    const __m512i index = _mm512_add_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(inside, positions + i)),
+                                           _mm512_load_si512(bases + i));
+    const __m512 weights = half ? HalvesToFloats(values + 2 * i, left) : _mm512_maskz_loadu_ps(inside, values + 4 * i);
+    const __m512 gathered = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, index, a, 4);
+    sum = _mm512_fmadd_ps(weights, gathered, sum);
+  }
+  return Sum(sum);
+}
+
+inline void StoreSums(const Layout& l, const PackedRows& p, const uint8_t* packed, int64_t output, int64_t row,
+                      int count, const float* sums, float* y, int64_t y_stride) {
+  for (int64_t r = row; r < row + count; ++r) {
+    float sum = sums[r - row];
+    if (l.row_outliers > 0) {
+      sum += OutlierDot(l, output, reinterpret_cast<const int32_t*>(packed + p.bases),
+                        reinterpret_cast<const float*>(packed + p.natural) + r * p.natural_columns);
+    }
+    y[r * y_stride] = sum;
+  }
+}
+
+constexpr int64_t kAny = INT64_MAX;
+// Above it float32 arithmetic goes to the AVX2 panels, which multiply kept weights only; where they overtake was
+// estimated, not measured.
+constexpr int64_t kMostFloatRows = 16;
+
+template <int dtype>
+bool Supports(const Layout& l) {
+  if (l.dtype != dtype || l.in_features > INT32_MAX - 1024) return false;
+  return !IsInteger(dtype) || l.scale_columns % kStep == 0 || l.row_scales == 1;
+}
+
+}  // namespace
+}  // namespace nm
+
+#endif  // NM_KERNELS_AVX512_ROWS_H_
