@@ -63,8 +63,9 @@ class NMConfig:
         variance_correction: "row", "tensor", "output", "least-squares" or None.
         finetune: settings of blockwise fine-tuning, fields of FinetuneConfig by name ({} for its defaults): epochs,
             learning_rate, weight_decay, batch_size, schedule, targets, train_norms, holdout; None for none.
-        distill: settings of a last pass over the whole packed model, which learns the dense model's predictions by
-            gradients through all blocks, fields of DistillConfig by name ({} for its defaults); None for none.
+        distill: settings of a last pass over the whole packed model, which learns the dense model's predictions (an
+            encoder's hidden states) by gradients through all blocks, fields of DistillConfig by name ({} for its
+            defaults); None for none.
         weight_dtype: stored values: float32, float16, bfloat16, int8, int4.
         group_size: dense columns per float16 scale (int8, int4), a multiple of M; -1 or "row" for one per row.
         positions: "codes" (⌈log2 C(M,N)⌉ bits a group) or "bitmap" (M bits a group).

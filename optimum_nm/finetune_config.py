@@ -97,8 +97,8 @@ class FinetuneConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class DistillConfig(TrainingConfig):
-    """How the whole packed model is trained, last of all, to predict what the dense one does: as TrainingConfig says,
-    with defaults of its own.
+    """How the whole packed model is trained, last of all, to predict what the dense one does, or of an encoder to give
+    the same hidden states: as TrainingConfig says, with defaults of its own.
     """
 
     FIELD: ClassVar[str] = "distill"

@@ -206,9 +206,8 @@ class NMOptimizer:
         if getattr(model.config, "quantization_config", None) is not None:
             raise NMError(f"{type(model).__name__} is already quantized; a dense model is needed.")
         decoder_blocks(model)
-        for name in ("target_bits", "distill"):
-            if getattr(config, name) is not None and not model.can_generate():
-                raise NMError(f"{name} goes by predictions of the next token, and {type(model).__name__} makes none.")
+        if config.target_bits is not None and not model.can_generate():
+            raise NMError(f"target_bits goes by predictions of the next token, and {type(model).__name__} makes none.")
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.calibration_length > longest:
             asked = config.calibration_length

@@ -143,7 +143,7 @@ def test_optimizer_writes_what_was_distilled(tokenizer, text, tmp_path):
     )
     assert summary.distillation.after < summary.distillation.before
     assert summary.to_dict()["distillation"]["after"] == summary.distillation.after
-    assert f"→ {summary.distillation.after:.4f} nats a token" in str(summary)
+    assert f"→ {summary.distillation.after:.4f}." in str(summary)
     checkpoint = open_checkpoint(tmp_path / "out")
     for name, packed in packed_layers(model).items():
         assert torch.equal(checkpoint.packed(name).unpack(), packed.unpack())

@@ -87,6 +87,19 @@ def test_exported_it_gives_the_hidden_states_of_torch(sparse):
     assert verify_checkpoint(folder).problems == []
 
 
+def test_distillation_aims_at_hidden_states(dense_folder, text, tmp_path):
+    dense = AutoModel.from_pretrained(dense_folder).eval()
+    tokens = list(range(1, 49))
+    errors = {}
+    for name, distill in (("plain", None), ("distilled", {"epochs": 4, "learning_rate": 1e-3, "holdout": 0.0})):
+        optimizer = NMOptimizer.from_pretrained(dense_folder)
+        optimizer.optimize(tmp_path / name, NMConfig(distill=distill, **OPTIONS), [text], progress=False)
+        loaded = NMModel.from_pretrained(tmp_path / name).eval()
+        errors[name] = np.square(hidden(loaded, tokens) - hidden(dense, tokens)).sum()
+    assert errors["distilled"] < 0.9 * errors["plain"]
+    assert verify_checkpoint(tmp_path / "distilled").problems == []
+
+
 def test_what_needs_logits_is_refused(sparse, dense_folder, text, tmp_path):
     folder, _ = sparse
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Distillation: the whole packed model learns to predict what the dense one does, its masks staying as they are."""
+"""Distillation: the whole packed model learns to give what the dense one does, its masks staying as they are."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def distill(
     seed: int,
     progress: bool = True,
 ) -> BlockLoss:
-    """Minimise the divergence of the packed model's next-token probabilities from the dense model's.
+    """Minimise the divergence of the packed model's next-token probabilities from the dense model's; of a model that
+    makes none, as an encoder, the error of its last hidden states.
 
     Trained are the values of all packed layers in decoder blocks, in float32, integers through a straight-through
     estimator, and all norms and biases. Decoder blocks are checkpointed: their insides are computed again for the
@@ -115,12 +116,12 @@ def distill(
 
     Args:
         model: packed, in eval mode; changed in place, what is stored is what was trained.
-        dense: of the same vocabulary, in eval mode, on the same device.
+        dense: the same model before it was packed, in eval mode, on the same device.
         windows: int64 `[samples, length]`.
         seed: of the choice of what is held out, and of the order of batches.
 
     Returns:
-        KL(dense ‖ packed) before and after, nats a token.
+        Before and after, KL(dense ‖ packed) in nats a token, or ‖packed − dense‖² / ‖dense‖² of the hidden states.
     """
     blocks = model.get_submodule(decoder_blocks(dense)[0])
     assert isinstance(blocks, nn.ModuleList)
@@ -136,8 +137,11 @@ def distill(
     def loss(batch: int) -> Tensor:
         tokens = batches[batch].to(model.device)
         with torch.no_grad():
-            target = dense(input_ids=tokens, use_cache=False).logits
-        return _divergence(target, model(input_ids=tokens, use_cache=False).logits)
+            target = dense(input_ids=tokens, use_cache=False)
+        found = model(input_ids=tokens, use_cache=False)
+        if "logits" in target:
+            return _divergence(target.logits, found.logits)
+        return _relative_error(target.last_hidden_state, found.last_hidden_state)
 
     masters = [linear.weight.master for linear in trained.values()]
     steps = settings.epochs * len(batches)
@@ -160,6 +164,11 @@ def _divergence(target: Tensor, logits: Tensor) -> Tensor:
     pairs = zip(target.flatten(0, -2).split(TOKENS_AT_ONCE), logits.flatten(0, -2).split(TOKENS_AT_ONCE), strict=True)
     parts = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
     return torch.stack(parts).sum() / target[..., 0].numel()
+
+
+def _relative_error(target: Tensor, found: Tensor) -> Tensor:
+    target, found = target.float(), found.float()
+    return (found - target).square().sum() / target.square().sum()
 
 
 @contextmanager
