@@ -17,6 +17,7 @@ from ..config import QUANT_METHOD, NMConfig
 from ..packing.checkpoint import PackedCheckpoint
 from .convert import dense_weight, linear_layers, replace_linear, set_dense_weight, tie_output
 from .embedding import NMEmbedding, check_shareable, share_embedding
+from .experts import SplitExperts, split_experts
 from .linear import NMLinear
 
 
@@ -51,6 +52,7 @@ class NMQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         assert isinstance(self.quantization_config, NMQuantizationConfig)
         config = self.quantization_config.nm_config
+        split_experts(model)
         linears = linear_layers(model)
         self.modules_to_not_convert = [name for name in linears if config.is_excluded(name)]
         # transformers only warns of a missing tensor and leaves the layer random
@@ -78,6 +80,11 @@ class NMQuantizer(HfQuantizer):
                 module.packed.validate(name)
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """What transformers 5 changes of the names in files, and the tensors: nothing, where experts are split."""
+        split = any(isinstance(module, SplitExperts) for module in model.modules())
+        return [] if split else weight_conversions
+
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return True
 
@@ -96,6 +103,7 @@ class NMQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # 5.x gives a name
         with torch.device("meta"):
             skeleton = type(model)(model.config)
+        split_experts(skeleton)
         shares_embedding = isinstance(model.get_input_embeddings(), NMEmbedding)
         for name, module in list(model.named_modules()):
             if isinstance(module, NMEmbedding):

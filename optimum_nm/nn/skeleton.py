@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..errors import NMError
 from ..packing.checkpoint import PackedCheckpoint
 from .convert import dense_weight, linear_layers
+from .experts import split_experts
 from .modeling import auto_class
 
 
@@ -22,10 +23,12 @@ def model_skeleton(folder: str | Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            return auto_class(config).from_config(config)
+            model = auto_class(config).from_config(config)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise NMError(f"{folder}/config.json describes no causal language model or encoder: {reason}") from None
+    split_experts(model)
+    return model
 
 
 def open_checkpoint(folder: str | Path) -> PackedCheckpoint:

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from ..errors import NMError
 from ..packing.safetensors_files import DTYPES, INDEX_FILE, SINGLE_FILE, TensorLocation, locate_tensors, read_header
 from ..packing.tensor_files import read_tensor
+from .experts import split_experts
 from .modeling import auto_class
 from .weights import check_finite
 
@@ -139,6 +140,7 @@ def find_stored_weights(
     except (NMError, OSError, ValueError, KeyError, AttributeError):
         return None
     model.tie_weights()  # which were parted by becoming empty
+    split_experts(model)
     _without_memory(model)
     if dtype != torch.float32 and (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
         return None

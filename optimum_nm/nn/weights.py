@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import NMError
 from ..packing.safetensors_files import TensorLocation
 from ..packing.tensor_files import tensor_checksum
+from .experts import split_experts
 
 _CHECKED_AT_ONCE = 1 << 24  # elements, for which some bytes each are needed
 
@@ -63,6 +64,7 @@ class LoadedWeights:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
+        split_experts(model)
 
     @property
     def device(self) -> torch.device:

@@ -17,10 +17,10 @@ from .activations import Activations
 from .block_inputs import BlockInputs
 from .equalize import fold_block
 from .finetune import finetune_block
-from .layer import LayerSolver, give_integers, needs_gram, pack_layer
+from .layer import LayerSolver, give_integers, needs_gram, pack_layer, whole_block_at_once
 from .ranks import divide
 from .solvers import Solution
-from .statistics import InputStatistics, StatisticsCollector
+from .statistics import InputStatistics, StatisticsCollector, in_parts
 from .summary import BlockLoss, LayerSummary
 
 
@@ -47,30 +47,43 @@ def sparsify_block(
     Raises:
         NMError: activations that are not finite, a value that its stored type cannot hold.
     """
+    packed: dict[str, PackedWeight] = {}
+    summaries: list[LayerSummary] = []
+    loss = None
+    parts = [linears] if whole_block_at_once(config) else in_parts(linears, needs_gram(config))
+    for part in parts:
+        statistics = _statistics(index, part, inputs, targets, config)
+        folded: set[str] = set()
+        if config.equalization is not None and config.equalization_mode == "fold":
+            run = partial(inputs.run, index, 0)
+            folded = fold_block(inputs.blocks[index], part, statistics, inputs.hidden[0], run, config.equalization)
+        if targets is None:
+            packed_part, summaries_part = _pack_each(part, statistics, config, folded, solve)
+        else:
+            solutions = _solve_each(part, statistics, config, folded, solve)
+            if solutions:
+                solutions, loss = _finetune(index, part, inputs, targets, statistics, solutions, config)
+            packed_part, summaries_part = _pack(part, statistics, solutions, config)
+        packed |= packed_part
+        summaries += summaries_part
+    for name, weight in packed.items():
+        set_dense_weight(linears[name], weight.unpack().to(dense_weight(linears[name]).device))
+    inputs.advance(index)
+    _install(model, packed, linears)
+    return summaries, loss
+
+
+def _statistics(
+    index: int, linears: dict[str, nn.Module], inputs: BlockInputs, targets: Activations | None, config: NMConfig
+) -> dict[str, InputStatistics]:
+    """Of a block's linears, from its dense pass, whose outputs become the targets where there are none yet."""
     keep_outputs = targets is not None and not len(targets)
     with _collector(linears, inputs, config) as collector:
         for batch in range(len(inputs.batches)):
             output = inputs.run(index, batch)
             if targets is not None and keep_outputs:
                 targets.append(output)
-    statistics = collector.statistics()
-    folded: set[str] = set()
-    if config.equalization is not None and config.equalization_mode == "fold":
-        run = partial(inputs.run, index, 0)
-        folded = fold_block(inputs.blocks[index], linears, statistics, inputs.hidden[0], run, config.equalization)
-    loss = None
-    if targets is None:
-        packed, summaries = _pack_each(linears, statistics, config, folded, solve)
-    else:
-        solutions = _solve_each(linears, statistics, config, folded, solve)
-        if solutions:
-            solutions, loss = _finetune(index, linears, inputs, targets, statistics, solutions, config)
-        packed, summaries = _pack(linears, statistics, solutions, config)
-    for name, weight in packed.items():
-        set_dense_weight(linears[name], weight.unpack().to(dense_weight(linears[name]).device))
-    inputs.advance(index)
-    _install(model, packed, linears)
-    return summaries, loss
+    return collector.statistics()
 
 
 def sparsify_outside(

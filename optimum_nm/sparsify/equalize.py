@@ -17,7 +17,7 @@ from .ranks import broadcast
 from .statistics import InputStatistics
 
 # The linear whose outputs, one by one, scale the inputs of another of the same parent module.
-PRODUCERS = {"o_proj": "v_proj", "out_proj": "v_proj", "down_proj": "up_proj"}
+PRODUCERS = {"o_proj": "v_proj", "out_proj": "v_proj", "down_proj": "up_proj", "w2": "w3"}
 # A fold that does not change the function changes a block's update by rounding only: this much of it, relatively.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 

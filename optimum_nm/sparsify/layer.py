@@ -32,6 +32,11 @@ def needs_gram(config: NMConfig) -> bool:
     return config.solver in SOLVERS or config.swaps > 0 or config.variance_correction in _GRAM_CORRECTIONS
 
 
+def whole_block_at_once(config: NMConfig) -> bool:
+    """Whether the layers of a block are changed together, so that the statistics of all are needed at one time."""
+    return config.finetune is not None or (config.equalization is not None and config.equalization_mode == "fold")
+
+
 def solve_layer(
     weight: Tensor, statistics: InputStatistics, layer: LayerConfig, config: NMConfig, equalized: bool
 ) -> Solution:
@@ -41,6 +46,10 @@ def solve_layer(
         weight: float32 `[out_features, in_features]`.
         equalized: weight and statistics are already equalized (fold), so the score takes them as they are.
     """
+    if not statistics.tokens:  # an expert that calibration never reached: there is nothing to go by but the weight
+        mask, outlier_mask = choose_masks(weight.abs(), layer)
+        kept = mask if outlier_mask is None else mask | outlier_mask
+        return Solution(weight * kept.to(weight.device), mask, outlier_mask)
     if config.solver == "mask":
         return _masked(weight, statistics, layer, config, equalized)
     if layer.pattern.is_dense and layer.outliers is None:
@@ -96,6 +105,7 @@ def pack_layer(
         density=solution.kept.float().mean().item(),
         relative_error=statistics.energy(change) / total if total else 0.0,
         bits_per_weight=packed.bits_per_weight,
+        calibration_tokens=statistics.tokens,
     )
     return packed, summary
 

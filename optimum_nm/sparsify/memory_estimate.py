@@ -10,9 +10,9 @@ from ..memory import memory_bytes
 from ..nn.convert import dense_weight, linear_layers
 from ..nn.weights import Weights
 from .block_inputs import TOKENS_PER_BATCH
-from .layer import needs_gram
+from .layer import needs_gram, whole_block_at_once
+from .statistics import FLOAT32, in_parts, statistics_bytes
 
-FLOAT32 = 4
 SOLVER_COPIES = 8  # of the layer that is being solved, in float32
 DISTILLATION_COPIES = 6  # of all blocks' weights, in float32: masters, gradients, moments, the best so far, and masks
 LOGITS_COPIES = 4  # of a batch, in float32: of both models, their gradient, probabilities
@@ -30,8 +30,8 @@ def estimate_bytes(weights: Weights, blocks: nn.ModuleList, windows: Tensor, con
     """Memory of the process at most: what it has now, and what embeddings or, if it is more, the largest block adds.
 
     A block adds its weights, with those of the next, where they are streamed; the solver's copies of its largest layer,
-    Gram matrices, the intermediate results of one batch, and training's copies. Hidden states that are not `spilled`
-    stay.
+    Gram matrices or sampled inputs, the intermediate results of one batch, and training's copies. Hidden states that
+    are not `spilled` stay.
     """
     model, tuning = weights.model, config.finetune_settings
     shapes = [[tuple(dense_weight(module).shape) for module in linear_layers(block).values()] for block in blocks]
@@ -39,12 +39,12 @@ def estimate_bytes(weights: Weights, blocks: nn.ModuleList, windows: Tensor, con
     layer = max(outputs * inputs for block in shapes for outputs, inputs in block)
     widest = max(width for block in shapes for shape in block for width in shape)
     tokens = tuning.batch_size * windows.shape[1] if tuning else max(TOKENS_PER_BATCH, windows.shape[1])
-    gram = max(map(_gram_elements, blocks)) if needs_gram(config) else 0
     element = model.dtype.itemsize
     block_bytes = (
         2 * size * element * weights.streamed
         + INTERMEDIATES * min(tokens, windows.numel()) * widest * element
-        + FLOAT32 * (SOLVER_COPIES * layer + gram + TRAINING_COPIES * size * (tuning is not None))
+        + FLOAT32 * (SOLVER_COPIES * layer + TRAINING_COPIES * size * (tuning is not None))
+        + max(_statistics_bytes(block, config) for block in blocks)
     )
     around = sum(parameter.numel() for parameter in model.parameters()) - sum(
         parameter.numel() for block in blocks for parameter in block.parameters()
@@ -69,7 +69,8 @@ def _distillation_bytes(model: PreTrainedModel, blocks: nn.ModuleList, windows: 
     return FLOAT32 * (DISTILLATION_COPIES * trained + activations)
 
 
-def _gram_elements(block: nn.Module) -> int:
-    """Layers of one module and one width share their inputs."""
-    inputs = {(name.rpartition(".")[0], dense_weight(module).shape[1]) for name, module in linear_layers(block).items()}
-    return sum(width**2 for _, width in inputs)
+def _statistics_bytes(block: nn.Module, config: NMConfig) -> int:
+    """Of the layers of a block that are measured at once."""
+    linears, with_gram = linear_layers(block), needs_gram(config)
+    parts = [linears] if whole_block_at_once(config) else in_parts(linears, with_gram)
+    return max(statistics_bytes(part, with_gram) for part in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from ..errors import NMError
 from ..memory import memory_bytes
 from ..nn.convert import linear_layers, untie_output
 from ..nn.embedding import check_shareable, share_embedding
+from ..nn.experts import fused_experts, router_layers
 from ..nn.weights import Weights
 from ..packing.safetensors_files import TensorLocation
 from ..packing.tensor_files import read_tensor
@@ -27,8 +29,10 @@ from .block_inputs import BlockInputs
 from .layer import LayerSolver, solve_layer
 from .memory_estimate import activation_bytes, estimate_bytes
 from .ranks import count, own_name, share
-from .summary import BlockLoss, LayerSummary, SparsificationSummary
+from .summary import BlockLoss, LayerSummary, SparsificationSummary, layer_type
 from .work_folder import WorkFolder
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -150,6 +154,8 @@ class _Run:
         left = self._model.state_dict()
         self._weights.close(name for name in self._surroundings if name in left)
         self.summary.peak_bytes = memory_bytes()[1]
+        if (unreached := self.summary.unreached()) is not None:
+            logger.warning(unreached)
 
     def _names_of(self, index: int) -> list[str]:
         prefix = f"{self._blocks_name}.{index}."
@@ -247,6 +253,8 @@ class _Run:
 def resolve_names(config: NMConfig, model: PreTrainedModel) -> NMConfig:
     """The configuration with names of this model: "lm_head" in `exclude` stands for the output layer whatever its name.
 
+    The routers of experts are excluded too: they are small, and decide where every token goes.
+
     Raises:
         NMError: there is no linear layer, a pattern matches none, or all are excluded.
     """
@@ -257,6 +265,13 @@ def resolve_names(config: NMConfig, model: PreTrainedModel) -> NMConfig:
     if "lm_head" in config.exclude and output in names and not config.is_excluded(output):
         config = replace(config, exclude=[*config.exclude, output])
     config.check_names(names)
+    if (fused := fused_experts(model)) is not None:
+        raise NMError(
+            f"{fused} of model type {model.config.model_type!r} holds all its experts in one tensor; they can be "
+            "packed where each is a module with linear layers."
+        )
+    routers = {f"*.{layer_type(name)}": None for name in router_layers(model) if not config.is_excluded(name)}
+    config = replace(config, exclude=[*config.exclude, *routers])
     if all(config.is_excluded(name) for name in names):
         raise NMError(f"exclude is {config.exclude!r}, which leaves no linear layer to sparsify.")
     return config

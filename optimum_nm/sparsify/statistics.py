@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,11 +16,16 @@ from ..nn.convert import dense_weight
 from .ranks import count, gather, maximum_, sum_
 
 SAMPLED_TOKENS = 2048  # inputs kept as they are, on which the output error is measured when there is no Gram matrix
+STATISTICS_BYTES = 1 << 32  # of the layers that one pass over the calibration data goes for, where several may be made
+FLOAT32 = 4
 
 
 @dataclass
 class InputStatistics:
-    """Of the inputs `X [tokens, in_features]` of one linear layer, in float32; layers fed by one tensor share them."""
+    """Of the inputs `X [tokens, in_features]` of one linear layer, in float32; layers fed by one tensor share them.
+
+    Either the Gram matrix is kept or some of the inputs are.
+    """
 
     tokens: int
     square_sum: Tensor
@@ -43,6 +50,7 @@ class InputStatistics:
         self.absolute_max = torch.maximum(self.absolute_max, rows.abs().amax(dim=0))
         if self.gram is not None:
             self.gram.addmm_(rows.t(), rows)
+            return
         chosen = torch.randint(len(rows), (min(sampled, len(rows)),), generator=generator)
         self.samples.append(rows[chosen.to(rows.device)])
 
@@ -59,8 +67,15 @@ class InputStatistics:
 
     @property
     def norm(self) -> Tensor:
-        """‖X_j‖₂, `[in_features]`; ones for a layer that no calibration token has reached."""
-        return self.square_sum.sqrt() if self.tokens else torch.ones_like(self.square_sum)
+        """‖X_j‖₂, `[in_features]`."""
+        return self.square_sum.sqrt()
+
+    def assume_if_unreached(self) -> None:
+        """Where no token came, as to some experts, be the statistics of unit inputs: weights then go by magnitude."""
+        if not self.tokens:
+            self.square_sum.fill_(1.0)
+            if self.gram is not None:
+                self.gram.fill_diagonal_(1.0)
 
     def rescale(self, scale: Tensor) -> None:
         """The statistics of X / scale."""
@@ -77,6 +92,26 @@ class InputStatistics:
         if not self.samples:
             return weight.square().sum().item()
         return (torch.cat(self.samples) @ weight.t()).square().sum().item()
+
+
+def statistics_bytes(linears: Mapping[str, nn.Module], with_gram: bool) -> int:
+    """Memory of the statistics of linears; those of one module and one width share their inputs."""
+    inputs = {(name.rpartition(".")[0], dense_weight(module).shape[1]) for name, module in linears.items()}
+    return FLOAT32 * sum(width * (width if with_gram else SAMPLED_TOKENS) for _, width in inputs)
+
+
+def in_parts(linears: Mapping[str, nn.Module], with_gram: bool) -> list[dict[str, nn.Module]]:
+    """Linears in parts whose statistics take STATISTICS_BYTES at most, as those of a hundred experts together do not.
+
+    Those of one module stay together.
+    """
+    parts: list[dict[str, nn.Module]] = [{}]
+    for _, names in groupby(linears, key=lambda name: name.rpartition(".")[0]):
+        siblings = {name: linears[name] for name in names}
+        if parts[-1] and statistics_bytes({**parts[-1], **siblings}, with_gram) > STATISTICS_BYTES:
+            parts.append({})
+        parts[-1] |= siblings
+    return parts
 
 
 class StatisticsCollector:
@@ -136,6 +171,7 @@ class StatisticsCollector:
                 own = self._collected.get(leader) or InputStatistics.empty(module, self._with_gram)
                 summed[leader] = own.sum_over_ranks()
             result[name] = summed[leader]
+            result[name].assume_if_unreached()
             if len(result[name].samples) > 1:
                 result[name].samples = [torch.cat(result[name].samples)]
             if not torch.isfinite(result[name].square_sum).all():

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..nn.experts import split_expert_name
+
 
 def layer_type(name: str) -> str:
-    """The last two parts of a layer's name: "self_attn.q_proj"."""
-    return ".".join(name.split(".")[-2:])
+    """The last two parts of a layer's name, numbers left out: "self_attn.q_proj", "experts.gate_proj"."""
+    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class LayerSummary:
         density: share of the weights that are kept, outliers included.
         relative_error: tr[(W−Ŵ)G(W−Ŵ)ᵀ] / tr[WGWᵀ] on the calibration inputs, Ŵ being what is packed.
         bits_per_weight: all packed tensors of the layer, without its bias.
+        calibration_tokens: that came to the layer; to an expert, those that were routed there.
     """
 
     name: str
@@ -29,6 +32,7 @@ class LayerSummary:
     density: float
     relative_error: float
     bits_per_weight: float
+    calibration_tokens: int
 
     @property
     def weights(self) -> int:
@@ -108,7 +112,7 @@ class SparsificationSummary:
     """Every packed layer in the order of the model, and the seconds it took; `str()` is a table per layer type.
 
     `block_losses` holds, by the number of the decoder block, what fine-tuning did; `allocation`, what was chosen for
-    `target_bits`; `distillation`, the loss that `distill` gives; `estimated_bytes` and
+    `target_bits`; `distillation`, KL(dense ‖ packed) of the predictions in nats a token; `estimated_bytes` and
     `peak_bytes`, the memory that the process was to take at most, and did.
     """
 
@@ -129,6 +133,27 @@ class SparsificationSummary:
         for layer in self.layers:
             groups.setdefault(layer.type, []).append(layer)
         return {kind: _average(layers) for kind, layers in groups.items()} | {"all": _average(self.layers)}
+
+    def unreached(self) -> str | None:
+        """The experts, and other layers, that no calibration token came to, in a sentence; None if there are none."""
+        experts: dict[str, set[int]] = {}
+        others: list[str] = []
+        for layer in self.layers:
+            if layer.calibration_tokens == 0:
+                expert = split_expert_name(layer.name)
+                if expert is None:
+                    others.append(layer.name)
+                else:
+                    experts.setdefault(expert[0], set()).add(expert[1])
+        if not experts and not others:
+            return None
+        counts = {"experts": sum(map(len, experts.values())), "layers": len(others)}
+        counted = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        places = [f"{name} {', '.join(map(str, sorted(numbers)))}" for name, numbers in experts.items()] + others
+        return (
+            f"No calibration token came to {counted}, pruned by the magnitude of their weights; more text, or text of "
+            f"more kinds, may reach them: {'; '.join(places)}."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. Holds no times: the same input gives the same dictionary."""
@@ -151,7 +176,9 @@ class SparsificationSummary:
             lines += ["", str(self.allocation)]
         if self.distillation is not None:
             before, after = self.distillation.before, self.distillation.after
-            lines += ["", f"Distilled: divergence from the dense model {before:.4f} → {after:.4f}."]
+            lines += ["", f"Distilled: divergence from the dense model {before:.4f} → {after:.4f} nats a token."]
+        if (unreached := self.unreached()) is not None:
+            lines += ["", unreached]
         return "\n".join(lines)
 
 

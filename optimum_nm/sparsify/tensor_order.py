@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from ..packing.safetensors_files import DTYPES, TensorLocation
 
-JOINT_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+JOINT_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def arranged(locations: Mapping[str, TensorLocation], names: Iterable[str]) -> list[str]:
