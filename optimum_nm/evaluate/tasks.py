@@ -154,6 +154,8 @@ def _onnx_model(model: str, batch_size: int, device: str, dtype: str, load_optio
         loaded = ORTModelForCausalLM.from_pretrained(model, provider=provider, session_options=session_options())
     except (*SESSION_ERRORS, ValueError, OSError) as error:
         raise NMError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from None
+    # which Optimum reads for the model types it lists only, Mixtral not among them
+    loaded.num_key_value_heads = getattr(loaded.config, "num_key_value_heads", loaded.num_key_value_heads)
     return OnnxLM(loaded, tokenizer=load_tokenizer(model), backend="causal", batch_size=batch_size)
 
 

@@ -29,6 +29,7 @@ from ..packing.checkpoint import PackedCheckpoint
 from .joint_projections import join_projections
 from .operator import DOMAIN, OPERATOR, VERSION, node_attributes
 from .packed_embedding import look_up_rows
+from .routed_experts import routed_experts
 from .stored_tensors import StoredMatrix, StoredRows, StoredTensors, empty_initializer
 from .swiglu import fuse_swiglu
 
@@ -40,12 +41,15 @@ MODEL_TYPES = (
     "granite",
     "llama",
     "mistral",
+    "mixtral",
     "olmo",
     "olmo2",
     "phi",
     "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
     "seed_oss",
     "smollm3",
     "starcoder2",
@@ -109,7 +113,7 @@ def _build(folder: Path, prepare: Callable[[Any], None], load_weights: bool) -> 
         return module
 
     construct.config_class = getattr(module_class, "config_class", None)  # type: ignore[attr-defined]
-    with _quiet():
+    with _quiet(), routed_experts():
         return mobius.build(
             str(folder),
             module_class=construct,  # type: ignore[arg-type]  # it is only ever called
@@ -143,6 +147,8 @@ def no_fused_graph(folder: Path) -> str | None:
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     if len(kinds) > 1:
         return f"layer types {' and '.join(kinds)} in one model have no fused graph; one must do for all."
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        return "blocks with and without experts in one model have no fused graph; all must have them."
     if config.model_type == "phi3" and part != 1:
         return f"partial_rotary_factor {part} has no fused graph for phi3; it must be 1."
     return None
@@ -329,8 +335,14 @@ class _Parameters:
             raise NMError(f"tensor {name!r} of the fused graph is missing from {self.stored.checkpoint.folder}.")
         return self.tensors[name]
 
+    def _read(self, name: str, rows: StoredRows | None) -> Tensor:
+        """A small matrix, as the router of experts is."""
+        if rows is None or not rows.whole or self.stored.is_packed(rows):
+            raise NMError(f"tensor {name!r} of the fused graph cannot be packed; export the traced graph.")
+        return self.stored.checkpoint.tensor(rows.name).float()
+
     def fill(self, model: ir.Model) -> None:
-        """Give every initializer its value; norms and other vectors become float32 copies unless stored as float32."""
+        """Give every initializer its value; norms and routers become float32 copies unless stored as float32."""
         for name, value in model.graph.initializers.items():
             if value.const_value is not None:
                 continue
@@ -338,9 +350,9 @@ class _Parameters:
                 value.const_value = ir.serde.deserialize_tensor(self.initializers.tensors[name])
                 continue
             tensor = self._tensor(name)
-            if tensor.is_meta:
-                raise NMError(f"tensor {name!r} of the fused graph cannot be packed; export the traced graph.")
             rows = self.stored.find(tensor)
+            if tensor.is_meta:
+                tensor = self._read(name, rows)
             stored = None if rows is None else self.stored.dense(rows)
             if stored is not None and stored.data_type == TensorProto.FLOAT:
                 value.const_value = ir.serde.deserialize_tensor(stored)

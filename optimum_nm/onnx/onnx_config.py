@@ -12,6 +12,8 @@ from transformers import PretrainedConfig
 
 from ..errors import NMError
 
+# Mixtures of experts that Optimum does not know, with models it does whose graphs take and give the same.
+DESCRIBED_AS = {"mixtral": "mistral", "olmoe": "olmo2", "qwen2_moe": "qwen2"}
 TASKS = ("text-generation-with-past", "text-generation", "feature-extraction-with-past", "feature-extraction")
 
 
@@ -27,7 +29,9 @@ def onnx_config_factory(model_type: str, task: str) -> Callable[[PretrainedConfi
     from optimum.exporters.tasks import TasksManager
 
     try:
-        supported = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
+        supported = TasksManager.get_supported_tasks_for_model_type(
+            DESCRIBED_AS.get(model_type, model_type), "onnx", library_name="transformers"
+        )
     except KeyError:
         raise NMError(f"model type {model_type!r} is not one that Optimum's exporter supports.") from None
     if task not in supported:

@@ -31,6 +31,7 @@ from .external_data import CheckpointInitializers, external_initializer
 from .onnx_config import onnx_config_factory
 from .operator import DOMAIN, matmul_nm_node
 from .packed_embedding import look_up_rows
+from .traced_experts import make_experts_traceable
 
 _LINEAR, _EMBEDDING = "StoredLinear", "StoredEmbedding"
 
@@ -162,6 +163,7 @@ def _handle_model(checkpoint: PackedCheckpoint) -> tuple[PreTrainedModel, list[S
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, dtype=torch.float32)
     model.tie_weights()
+    make_experts_traceable(model)
     shared: nn.Module | None = model.get_input_embeddings() if checkpoint.config.share_embedding else None
     output = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
     if shared is not None:
