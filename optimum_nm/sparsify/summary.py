@@ -112,7 +112,7 @@ class SparsificationSummary:
     """Every packed layer in the order of the model, and the seconds it took; `str()` is a table per layer type.
 
     `block_losses` holds, by the number of the decoder block, what fine-tuning did; `allocation`, what was chosen for
-    `target_bits`; `distillation`, KL(dense ‖ packed) of the predictions in nats a token; `estimated_bytes` and
+    `target_bits`; `distillation`, the loss that `distill` gives; `estimated_bytes` and
     `peak_bytes`, the memory that the process was to take at most, and did.
     """
 
@@ -176,7 +176,7 @@ class SparsificationSummary:
             lines += ["", str(self.allocation)]
         if self.distillation is not None:
             before, after = self.distillation.before, self.distillation.after
-            lines += ["", f"Distilled: divergence from the dense model {before:.4f} → {after:.4f} nats a token."]
+            lines += ["", f"Distilled: divergence from the dense model {before:.4f} → {after:.4f}."]
         if (unreached := self.unreached()) is not None:
             lines += ["", unreached]
         return "\n".join(lines)
