@@ -26,4 +26,5 @@ def importance(weight: Tensor, input_norm: Tensor, score: str, exponent: float) 
     assert score == "ria"
     column_sum = magnitude.sum(dim=0, keepdim=True).clamp_min(_TINY)
     row_sum = magnitude.sum(dim=1, keepdim=True).clamp_min(_TINY)
-    return (magnitude / column_sum + magnitude / row_sum) * input_norm.pow(exponent)
+    relative = magnitude / column_sum
+    return relative.add_(magnitude.div_(row_sum)).mul_(input_norm.pow(exponent))

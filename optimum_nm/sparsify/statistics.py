@@ -16,8 +16,12 @@ from ..nn.convert import dense_weight
 from .ranks import count, gather, maximum_, sum_
 
 SAMPLED_TOKENS = 2048  # inputs kept as they are, on which the output error is measured when there is no Gram matrix
+SAMPLED_SHARE = 16  # of the inputs at most is sampled, so that measuring costs little beside calibration
+SAMPLED_FEW = 256  # of a batch are not too many, however few there are
 STATISTICS_BYTES = 1 << 32  # of the layers that one pass over the calibration data goes for, where several may be made
 FLOAT32 = 4
+ROWS_AT_ONCE = 128
+COLUMNS_AT_ONCE = 512
 
 
 @dataclass
@@ -41,26 +45,34 @@ class InputStatistics:
         return cls(0, zeros, zeros.clone(), gram)
 
     def add(self, inputs: Tensor, sampled: int, generator: torch.Generator) -> None:
-        """Add `[..., in_features]`, of which `sampled` randomly chosen rows are kept."""
+        """Add `[..., in_features]`, of which `sampled` randomly chosen rows are kept; `complete` is to follow.
+
+        Below its diagonal blocks the Gram matrix waits for `complete`: half of it is the same as the other half.
+        """
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if not len(rows):
             return
         self.tokens += len(rows)
-        self.square_sum += rows.square().sum(dim=0)
-        self.absolute_max = torch.maximum(self.absolute_max, rows.abs().amax(dim=0))
+        for part in rows.split(ROWS_AT_ONCE):
+            self.square_sum += part.square().sum(dim=0)
+            self.absolute_max = torch.maximum(self.absolute_max, part.abs().amax(dim=0))
         if self.gram is not None:
-            self.gram.addmm_(rows.t(), rows)
+            for block in column_blocks(rows.shape[1]):
+                self.gram[block, block.start :].addmm_(rows[:, block].t(), rows[:, block.start :])
             return
-        chosen = torch.randint(len(rows), (min(sampled, len(rows)),), generator=generator)
+        most = min(sampled, len(rows), max(SAMPLED_FEW, len(rows) // SAMPLED_SHARE))
+        chosen = torch.randint(len(rows), (most,), generator=generator)
         self.samples.append(rows[chosen.to(rows.device)])
 
-    def sum_over_ranks(self) -> InputStatistics:
-        """Those of the inputs on all ranks, in place."""
+    def complete(self) -> InputStatistics:
+        """Those of the inputs on all ranks, when all have been added, in place."""
         self.tokens = int(sum_(torch.tensor(self.tokens)))
         sum_(self.square_sum)
         maximum_(self.absolute_max)
         if self.gram is not None:
             sum_(self.gram)
+            for block in column_blocks(len(self.gram)):
+                self.gram[block.stop :, block] = self.gram[block, block.stop :].t()
         else:
             self.samples = [rows for of_rank in gather(self.samples) for rows in of_rank]
         return self
@@ -88,10 +100,22 @@ class InputStatistics:
     def energy(self, weight: Tensor) -> float:
         """tr[W G Wᵀ], from the Gram matrix if there is one, else up to a constant from the sampled rows."""
         if self.gram is not None:
-            return ((weight @ self.gram) * weight).sum().item()
+            return sum(self._energy_from(weight, block) for block in column_blocks(len(self.gram)))
         if not self.samples:
             return weight.square().sum().item()
         return (torch.cat(self.samples) @ weight.t()).square().sum().item()
+
+    def _energy_from(self, weight: Tensor, block: slice) -> float:
+        """The part of some columns, with themselves and twice with those behind them."""
+        assert self.gram is not None
+        product = (weight[:, block] @ self.gram[block, block.start :]).mul_(weight[:, block.start :])
+        size = block.stop - block.start
+        return product[:, :size].sum().item() + 2 * product[:, size:].sum().item()
+
+
+def column_blocks(width: int) -> list[slice]:
+    """Of a symmetric matrix, for what is done to the diagonal blocks and what is right of them."""
+    return [slice(begin, min(begin + COLUMNS_AT_ONCE, width)) for begin in range(0, width, COLUMNS_AT_ONCE)]
 
 
 def statistics_bytes(linears: Mapping[str, nn.Module], with_gram: bool) -> int:
@@ -169,7 +193,7 @@ class StatisticsCollector:
             leader = leaders.get(name, name)
             if leader not in summed:
                 own = self._collected.get(leader) or InputStatistics.empty(module, self._with_gram)
-                summed[leader] = own.sum_over_ranks()
+                summed[leader] = own.complete()
             result[name] = summed[leader]
             result[name].assume_if_unreached()
             if len(result[name].samples) > 1:
