@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The other end of the supported versions: the newest transformers beside the oldest ONNX Runtime, and no extra.
 COMPAT := .venv-compat
 COMPAT_VERSIONS := transformers==5.24.0 onnxruntime==1.18.0 'numpy<2' 'pyarrow<22'
-COMPAT_TESTS := $(patsubst %,tests/test_%.py,packing linear embedding quantizer operator fallback sparsify)
+COMPAT_TESTS := $(patsubst %,tests/test_%.py,packing linear embedding quantizer operator fallback sparsify experts)
 NATIVE := $(shell find onnx_ops examples/cpp -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
 .PHONY: demo test test-compat style benchmark clean

@@ -20,6 +20,7 @@ from optimum_nm.nn.convert import linear_layers
 from optimum_nm.nn.skeleton import open_checkpoint
 from optimum_nm.nn.stored_weights import StoredWeights
 from optimum_nm.sparsify import statistics
+from optimum_nm.sparsify.keep_mask import KeepMaskCallback
 from optimum_nm.sparsify.work_folder import WorkFolder
 
 TOKENS = list(range(3, 40))
@@ -217,3 +218,5 @@ def test_experts_in_one_tensor_are_refused_by_name(tokenizer, text, tmp_path):
     with pytest.raises(NMError, match=r"model.layers.0.mlp.experts of model type 'gpt_oss' holds all its experts in"):
         NMOptimizer(model, tokenizer).optimize(tmp_path / "out", NMConfig(**OPTIONS), [text], progress=False)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(NMError, match=r"model.layers.0.mlp.experts holds all its experts in one tensor, whose zeros"):
+        KeepMaskCallback().on_train_begin(None, None, None, model=model)

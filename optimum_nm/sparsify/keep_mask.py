@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from ..errors import NMError
 from ..nn.convert import dense_weight, linear_layers
+from ..nn.experts import fused_experts
 from .lora import lora_layers, mask_lora
 
 
@@ -21,7 +22,8 @@ class KeepMaskCallback(TrainerCallback):
     `merge_and_unload()` keeps the zeros too.
 
     Raises:
-        NMError: when training begins, no linear layer that is trained has a zero; or as `mask_lora`.
+        NMError: when training begins, no linear layer that is trained has a zero, or experts that are trained are no
+            linear layers; or as `mask_lora`.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,12 @@ class KeepMaskCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        fused = fused_experts(model)
+        if fused is not None and any(p.requires_grad for p in model.get_submodule(fused).parameters()):
+            raise NMError(
+                f"{fused} holds all its experts in one tensor, whose zeros KeepMaskCallback does not keep; train the "
+                "model that dequantize() gives."
+            )
         lora = lora_layers(model).values()
         adapters = {matrix for layer in lora for matrix in (*layer.lora_A.values(), *layer.lora_B.values())}
         weights = [dense_weight(module) for module in linear_layers(model).values() if module not in adapters]

@@ -28,7 +28,7 @@ from .block import install_empty, sparsify_block, sparsify_outside
 from .block_inputs import BlockInputs
 from .layer import LayerSolver, solve_layer
 from .memory_estimate import activation_bytes, estimate_bytes
-from .ranks import count, own_name, share
+from .ranks import count, own_name, rank, share
 from .summary import BlockLoss, LayerSummary, SparsificationSummary, layer_type
 from .work_folder import WorkFolder
 
@@ -154,7 +154,7 @@ class _Run:
         left = self._model.state_dict()
         self._weights.close(name for name in self._surroundings if name in left)
         self.summary.peak_bytes = memory_bytes()[1]
-        if (unreached := self.summary.unreached()) is not None:
+        if (unreached := self.summary.unreached()) is not None and rank() == 0:
             logger.warning(unreached)
 
     def _names_of(self, index: int) -> list[str]:
