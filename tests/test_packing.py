@@ -1,5 +1,10 @@
 """The packed format: exactness, size, agreement with the second reader, refusal of what is wrong."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -259,3 +264,14 @@ def test_configuration_refuses(settings_, message):
 def test_a_newer_format_is_refused():
     with pytest.raises(NMError, match="format_version is 2"):
         NMConfig.from_dict(NMConfig().to_dict() | {"format_version": 2})
+
+
+def test_memory_does_not_grow_with_the_weight():
+    """Some rows are in the making at a time; what packing gives, a seventh of the weight, counts with it."""
+    program = Path(__file__).with_name("packing_memory.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["weight"] == 2**26
+    for step in ("packing", "checking", "unpacking"):
+        assert found[step] < 0.6 * found["weight"], found

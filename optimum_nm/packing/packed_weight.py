@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,11 +137,13 @@ class PackedWeight:
         for name, tensor in given.items():
             if len(tensor) != out_features:
                 raise NMError(f"{name} has {len(tensor)} rows; the weight has {out_features}.")
-        parts = [
-            _pack_rows(weight[rows], config, rows.start, column_weight, **{n: t[rows].cpu() for n, t in given.items()})
-            for rows in row_blocks(out_features, in_features)
-        ]
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in TENSOR_NAMES if name in parts[0]}
+        shapes = packed_shapes(in_features, out_features, config)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        for rows in row_blocks(out_features, in_features):
+            of_rows = {name: tensor[rows].cpu() for name, tensor in given.items()}
+            packed = _pack_rows(weight[rows], config, rows.start, column_weight, **of_rows)
+            for name, tensor in tensors.items():
+                tensor[rows] = packed[name]
         return cls(in_features, out_features, config, tensors)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -297,7 +300,7 @@ def _pack_rows(
         first_row: the number of the first row, for errors.
     """
     weight = weight.detach().to("cpu", torch.float32).contiguous()
-    if not torch.isfinite(weight).all():
+    if not np.isfinite(weight.numpy()).all():
         raise NMError("weight has elements that are not finite; every element must be a finite number.")
     importance = weight.abs() if importance is None else importance.detach().float()
     rows, in_features = weight.shape
