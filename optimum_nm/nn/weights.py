@@ -15,7 +15,7 @@ from ..packing.safetensors_files import TensorLocation
 from ..packing.tensor_files import tensor_checksum
 from .experts import split_experts
 
-_CHECKED_AT_ONCE = 1 << 24  # elements, for which some bytes each are needed
+_CHECKED_AT_ONCE = 1 << 18  # elements, for which some bytes each are needed
 
 
 class Weights(Protocol):

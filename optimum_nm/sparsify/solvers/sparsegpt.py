@@ -31,7 +31,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
     """
     upper = inverse_factor(damped(gram, DAMPING, torch.float32))
     pivots = upper.diagonal()
-    _, outlier_mask = best_masks((weight / pivots).square(), layer)
+    outlier_mask = None if layer.outliers is None else best_masks((weight / pivots).square(), layer)[1]
     mask = torch.zeros(weight.shape, dtype=torch.bool)
     current = weight.t().contiguous()  # columns of the weight are rows here
     width, m = weight.shape[1], layer.pattern.m
