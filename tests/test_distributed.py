@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from functools import partial
+from multiprocessing.connection import wait
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +64,7 @@ def run_rank(rank, environment, errors, task):
 
 
 def run_ranks(folder, task, size=2):
-    """Let `task(rank)` run in processes as torchrun starts them.
+    """Let `task(rank)` run in processes as torchrun starts them, and ends them when one has failed.
 
     Returns:
         The exit status of each, and what NMErrors said, "" for none.
@@ -79,6 +80,12 @@ def run_ranks(folder, task, size=2):
     processes = [context.Process(target=run_rank, args=(rank, environment, errors, task)) for rank in range(size)]
     for process in processes:
         process.start()
+    while any(process.is_alive() for process in processes):
+        wait([process.sentinel for process in processes if process.is_alive()])
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.terminate()
+            break
     for process in processes:
         process.join()
     told = [file.read_text() if (file := errors / str(rank)).exists() else "" for rank in range(size)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from contextlib import redirect_stdout
@@ -61,6 +62,8 @@ class Command(BaseOptimumCLICommand):
             with redirect_stdout(sys.stderr):  # libraries print, and what is printed here is for programs to read
                 outcome = self.outcome()
         except NMError as error:
+            if launched_processes() > 1:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or the launcher would change the exit status
             sys.exit(1 if error.reported else f"{self.parser.prog}: error: {' '.join(str(error).split())}")
         if outcome is None:
             return

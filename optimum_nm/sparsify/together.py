@@ -45,7 +45,7 @@ class Watch:
         self.first_lost = False
         self.over = threading.Event()
         self._cause: NMError | None = None
-        self._ending = False
+        self._ending_since: float | None = None
         self._name = f"rank {rank} of {size} (process {os.getpid()} on {socket.gethostname()})"
         self._peers = self._connect()
         self._previous: Any = signal.SIG_DFL
@@ -61,12 +61,12 @@ class Watch:
         while self._cause is None and time.monotonic() < deadline:
             time.sleep(0.01)
         if (cause := self._cause or otherwise) is not None:
-            self._ending = True
+            self._ending_since = time.monotonic()
             raise cause
 
     def tell(self, error: BaseException) -> None:
         """Let the other ranks end, for the reason that ends this one."""
-        self._ending = True
+        self._ending_since = time.monotonic()
         if self._cause is None:
             other = RankLost(f"{self._name} has ended with {type(error).__name__}.")
             self._send(error if isinstance(error, NMError) else other)
@@ -120,7 +120,7 @@ class Watch:
 
     def _end(self, cause: NMError) -> None:
         """Wake the main thread, or if that does not help end the process."""
-        if self._ending:
+        if self._ending_since is not None:
             return
         self._cause = cause
         if not self.rank:
@@ -133,10 +133,11 @@ class Watch:
 
     def _terminated(self, *_: object) -> None:
         """At SIGTERM, from the watch or from a launcher, which may have noticed first that a rank has ended."""
-        if self._ending:  # the launcher's, because of what is being told already; another takes effect as ever
-            signal.signal(signal.SIGTERM, self._previous)
-        else:
+        if self._ending_since is None:
             self.raise_cause(RankLost(f"{self._name} was terminated."))
+        elif time.monotonic() > self._ending_since + _GRACE:  # before, it is about what is being told already
+            signal.signal(signal.SIGTERM, self._previous)
+            signal.raise_signal(signal.SIGTERM)
 
 
 _watch: Watch | None = None
