@@ -16,6 +16,7 @@ from optimum_nm.patterns import NMPattern, OutlierPattern
 from optimum_nm.sparsify.layer import solve_layer
 from optimum_nm.sparsify.mask import best_masks, best_support, choose_masks
 from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, quantize_solution
+from optimum_nm.sparsify.solvers.sparsegpt import inverse_factor
 from optimum_nm.sparsify.statistics import StatisticsCollector
 
 
@@ -277,3 +278,47 @@ def test_swaps_make_no_layer_of_a_real_block_worse(solver, outliers, real_layers
             solution = solve_layer(weight, statistics, config.layer(name), config, equalized=False)
             errors[swaps] = error(weight, solution.weight, statistics.gram)
         assert errors[2] <= errors[0] * (0.8 if solver == "mask" else 1.001), name
+
+
+def swept_column_by_column(weight, gram, layer):
+    """SparseGPT as its authors write it, in float64, without blocks."""
+    weight, matrix = weight.double(), gram.double()
+    damping = 0.01 * matrix.diagonal().mean() * torch.eye(len(gram))
+    upper = torch.linalg.cholesky(torch.linalg.inv(matrix + damping), upper=True)
+    kept = torch.zeros(weight.shape, dtype=torch.bool)
+    current, m = weight.clone(), layer.pattern.m
+    for j in range(weight.shape[1]):
+        if j % m == 0:
+            group = slice(j, j + m)
+            kept[:, group] = choose_masks((current[:, group] / upper.diagonal()[group]).square(), layer)[0]
+        error = current[:, j].masked_fill(kept[:, j], 0.0) / upper[j, j]
+        current[:, j:] -= error[:, None] * upper[j, j:]
+    return current.masked_fill(~kept, 0.0).float(), kept
+
+
+@pytest.mark.parametrize(("pattern", "columns"), [("8:16", 352), ("2:4", 300), ("16:32", 610)])
+def test_sweep_in_blocks_is_the_sweep_column_by_column(pattern, columns):
+    weight, gram = problem(columns=columns, tokens=1000)
+    layer = layer_config(pattern)
+    solution = SOLVERS["sparsegpt"](weight, gram, layer)
+    swept, kept = swept_column_by_column(weight, gram, layer)
+    assert (solution.kept == kept).float().mean() > 0.999  # but for ties within float32's rounding
+    assert error(weight, solution.weight, gram) == pytest.approx(error(weight, swept, gram), rel=2e-3)
+
+
+def test_factor_of_what_float32_finds_none_of():
+    """Matrices of the rank one but for the last digit of one element, positive definite in exact arithmetic."""
+    failures = 0
+    for seed in range(200):
+        a, b = torch.rand(2, generator=torch.Generator().manual_seed(seed)) + 0.5
+        least = (b.double().square() / a.double()).float()
+        c = torch.nextafter(least, torch.tensor(4.0)) if least.double() * a.double() <= b.double() ** 2 else least
+        matrix = torch.stack([torch.stack([c, b]), torch.stack([b, a])])
+        failures += bool(torch.linalg.cholesky_ex(matrix.flip(0, 1))[1])
+        factor = inverse_factor(matrix).double()
+        assert factor.isfinite().all() and factor[1, 0] == 0
+        exact = torch.linalg.cholesky(torch.linalg.inv(matrix.double()), upper=True)
+        if failures == 1:
+            torch.testing.assert_close(factor, exact, rtol=1e-4, atol=0)
+            break
+    assert failures == 1
