@@ -23,6 +23,19 @@ def build(source, name, targets, *options):
     return folder
 
 
+def shared_library(source, options, linked):
+    """Compile one C++ file and return the path of the library, in `build/`."""
+    library = REPOSITORY / "build" / f"{source.parent.name}.so"
+    library.parent.mkdir(exist_ok=True)
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+            partial = library.with_suffix(".partial")
+            run("g++", "-shared", "-fPIC", *options, source, "-o", partial, *linked)
+            partial.rename(library)
+    return library
+
+
 def run(*command, **options):
     """What a program prints; it must succeed."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)

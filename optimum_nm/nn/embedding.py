@@ -38,9 +38,9 @@ class NMEmbedding(nn.Module):
         layer = self.output_layer
         tokens = input.reshape(-1)
         stored = {name: getattr(layer, name) for name in TENSOR_NAMES if getattr(layer, name) is not None}
-        rows = {name: tensor[tokens] for name, tensor in stored.items()}
-        looked_up = PackedWeight(layer.in_features, len(tokens), layer.config, rows).unpack()
-        return looked_up.to(self.dtype).view(*input.shape, self.embedding_dim)
+        rows = {name: tensor[tokens].cpu() for name, tensor in stored.items()}
+        looked_up = PackedWeight(layer.in_features, len(tokens), layer.config, rows).unpack(self.dtype)
+        return looked_up.to(input.device).view(*input.shape, self.embedding_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> NMEmbedding:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
