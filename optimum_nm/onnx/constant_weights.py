@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NMError
+from ..packing.row_blocks import row_blocks
 from ..patterns import NMPattern
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-BLOCK_ELEMENTS = 1 << 16  # packing takes some forty bytes an element
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,10 @@ class ConstantWeight:
         Raises:
             NMError: an element is not finite.
         """
-        rows = max(1, BLOCK_ELEMENTS // self.in_features)
         array = self.tensor.numpy()
         try:
-            for start in range(0, self.out_features, rows):
-                block = _float32(array[:, start : start + rows].T if self.transposed else array[start : start + rows])
+            for rows in row_blocks(self.out_features, self.in_features):
+                block = _float32(array[:, rows].T if self.transposed else array[rows])
                 if not block.isfinite().all():
                     raise NMError(f"{self} has elements that are not finite; every element must be a finite number.")
                 yield block * self.factor
