@@ -123,7 +123,7 @@ def test_expert_without_tokens_is_pruned_by_magnitude_with_a_warning(case, token
     place = f"model.layers.1.mlp.experts {STARVED}."
     (record,) = caplog.records
     assert record.getMessage() == summary.unreached() and record.getMessage().endswith(place)
-    assert "No calibration token came to 1 experts" in str(summary) and place in str(summary)
+    assert "No calibration token came to 1 expert, pruned" in str(summary) and place in str(summary)
     checkpoint = open_checkpoint(tmp_path / "out")
     unreached = unreached_layers(checkpoint)
     assert len(unreached) == 3

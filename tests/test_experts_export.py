@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from expert_models import ARCHITECTURES, expert_model
 from packed_models import random_tokens, torch_logits
 from test_experts import dense_folder
@@ -103,3 +104,22 @@ def test_experts_of_another_kind_are_refused_by_name(checkpoint, monkeypatch):
     monkeypatch.setattr("optimum_nm.onnx.traced_experts.BLOCKS", ("MixtralSparseMoeBlock",))
     with pytest.raises(NMError, match="experts of class Qwen3MoeSparseMoeBlock have no traced graph"):
         export_checkpoint(folder, graph="traced")
+
+
+def test_onnxruntime_genai_chooses_the_tokens_of_torch(checkpoint):
+    import onnxruntime_genai
+
+    folder, model = checkpoint("Mixtral")
+    export_checkpoint(folder, graph="fused", runtime="genai", accuracy_level=0)
+    tokens = random_tokens(20)
+    count = len(tokens) + 12
+    runtime = onnxruntime_genai.Model(str(folder))
+    parameters = onnxruntime_genai.GeneratorParams(runtime)
+    parameters.set_search_options(max_length=count, min_length=count)
+    generator = onnxruntime_genai.Generator(runtime, parameters)
+    generator.append_tokens(tokens)
+    while not generator.is_done():
+        generator.generate_next_token()
+    chosen = [int(token) for token in generator.get_sequence(0)]
+    expected = model.generate(torch.tensor([tokens]), min_length=count, max_length=count, do_sample=False)[0].tolist()
+    assert chosen == expected

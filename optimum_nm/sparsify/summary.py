@@ -147,8 +147,8 @@ class SparsificationSummary:
                     experts.setdefault(expert[0], set()).add(expert[1])
         if not experts and not others:
             return None
-        counts = {"experts": sum(map(len, experts.values())), "layers": len(others)}
-        counted = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        counts = {"expert": sum(map(len, experts.values())), "layer": len(others)}
+        counted = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count)
         places = [f"{name} {', '.join(map(str, sorted(numbers)))}" for name, numbers in experts.items()] + others
         return (
             f"No calibration token came to {counted}, pruned by the magnitude of their weights; more text, or text of "
