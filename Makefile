@@ -7,6 +7,7 @@ COMPAT := .venv-compat
 COMPAT_VERSIONS := transformers==5.24.0 onnxruntime==1.18.0 'numpy<2' 'pyarrow<22'
 COMPAT_TESTS := $(patsubst %,tests/test_%.py,packing linear embedding quantizer operator fallback sparsify experts)
 NATIVE := $(shell find onnx_ops examples/cpp -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+FORMATTED := $(filter %.cpp %.h,$(NATIVE)) $(wildcard tests/*/*.cpp)
 
 .PHONY: demo test test-compat style benchmark clean
 
@@ -17,7 +18,7 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(NATIVE))
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/pytest -n 2
 	$(MAKE) test-compat
 
@@ -27,7 +28,7 @@ test-compat: $(COMPAT)/installed
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/kernels.py
