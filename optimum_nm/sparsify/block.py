@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -57,10 +57,11 @@ def sparsify_block(
         if config.equalization is not None and config.equalization_mode == "fold":
             run = partial(inputs.run, index, 0)
             folded = fold_block(inputs.blocks[index], part, statistics, inputs.hidden[0], run, config.equalization)
+        solve_one = partial(_solve, part, statistics, config, folded, solve)
         if targets is None:
-            packed_part, summaries_part = _pack_each(part, statistics, config, folded, solve)
+            packed_part, summaries_part = _pack_each(part, statistics, config, solve_one)
         else:
-            solutions = _solve_each(part, statistics, config, folded, solve)
+            solutions = divide(_costs(part, config), solve_one)
             if solutions:
                 solutions, loss = _finetune(index, part, inputs, targets, statistics, solutions, config)
             packed_part, summaries_part = _pack(part, statistics, solutions, config)
@@ -93,7 +94,9 @@ def sparsify_outside(
     with _collector(linears, inputs, config) as collector:
         inputs.run_surroundings()
     statistics = collector.statistics()
-    packed, summaries = _pack_each(linears, statistics, config, set(), solve)
+    packed, summaries = _pack_each(
+        linears, statistics, config, partial(_solve, linears, statistics, config, set(), solve)
+    )
     _install(model, packed, linears)
     return summaries
 
@@ -102,27 +105,16 @@ def _collector(linears: dict[str, nn.Module], inputs: BlockInputs, config: NMCon
     return StatisticsCollector(linears, needs_gram(config), len(inputs.batches), config.seed)
 
 
-def _solve_each(
-    linears: dict[str, nn.Module],
-    statistics: dict[str, InputStatistics],
-    config: NMConfig,
-    folded: set[str],
-    solve: LayerSolver,
-) -> dict[str, Solution]:
-    return divide(_costs(linears, config), lambda name: _solve(name, linears, statistics, config, folded, solve))
-
-
 def _pack_each(
     linears: dict[str, nn.Module],
     statistics: dict[str, InputStatistics],
     config: NMConfig,
-    folded: set[str],
-    solve: LayerSolver,
+    solve_one: Callable[[str], Solution],
 ) -> tuple[dict[str, PackedWeight], list[LayerSummary]]:
     """One layer after the other, so that one solution is in memory."""
 
     def pack(name: str) -> tuple[PackedWeight, LayerSummary]:
-        solution = _solve(name, linears, statistics, config, folded, solve)
+        solution = solve_one(name)
         weight = dense_weight(linears[name]).detach().float()
         solution = give_integers(weight, solution, statistics[name], _layer(config, name), config)
         return pack_layer(name, weight, solution, statistics[name], _layer(config, name))
@@ -150,12 +142,12 @@ def _packed(linears: dict[str, nn.Module], config: NMConfig) -> list[str]:
 
 
 def _solve(
-    name: str,
     linears: dict[str, nn.Module],
     statistics: dict[str, InputStatistics],
     config: NMConfig,
     folded: set[str],
     solve: LayerSolver,
+    name: str,
 ) -> Solution:
     weight = dense_weight(linears[name]).detach().float()
     return solve(weight, statistics[name], _layer(config, name), config, name in folded)
