@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .errors import NMError
@@ -68,7 +70,8 @@ class NMConfig:
             defaults); None for none.
         weight_dtype: stored values: float32, float16, bfloat16, int8, int4.
         group_size: dense columns per float16 scale (int8, int4), a multiple of M; -1 or "row" for one per row.
-        positions: "codes" (⌈log2 C(M,N)⌉ bits a group) or "bitmap" (M bits a group).
+        positions: "codes" (⌈log2 C(M,N)⌉ bits a group) or "bitmap" (M bits a group); None for what
+            `default_positions` says of each layer.
         outlier_dtype: "float16" or "float32".
         exclude: shell wildcards of module names left as they are.
         overrides: {shell wildcard of module names: {field of LayerConfig: value}}; of several matches the later wins.
@@ -100,7 +103,7 @@ class NMConfig:
     distill: dict[str, Any] | None = None
     weight_dtype: str = "float16"
     group_size: int | str = 128
-    positions: str = "codes"
+    positions: str | None = None
     outlier_dtype: str = "float16"
     exclude: list[str] = field(default_factory=lambda: ["lm_head"])
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -148,11 +151,12 @@ class NMConfig:
     def _layer(self, changes: dict[str, Any]) -> LayerConfig:
         values = {name: getattr(self, name) for name in LAYER_FIELDS} | changes
         _require_choice("weight_dtype", values["weight_dtype"], WEIGHT_DTYPES)
-        _require_choice("positions", values["positions"], POSITION_FORMATS)
+        _require_choice("positions", values["positions"], (None, *POSITION_FORMATS))
         _require_choice("outlier_dtype", values["outlier_dtype"], OUTLIER_DTYPES)
         values["pattern"] = NMPattern.parse(values["pattern"])
         values["outliers"] = OutlierPattern.parse(values["outliers"])
         values["group_size"] = check_group_size(values["group_size"], values["pattern"])
+        values["positions"] = values["positions"] or default_positions(values["pattern"], values["weight_dtype"])
         return LayerConfig(**values)
 
     @property
@@ -170,15 +174,19 @@ class NMConfig:
             return True
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
-    def layer(self, name: str) -> LayerConfig | None:
-        """The configuration of the module called `name` (full dotted name), or None when it is excluded."""
+    def layer(self, name: str, choice: Mapping[str, Any] = MappingProxyType({})) -> LayerConfig | None:
+        """The configuration of the module called `name` (full dotted name), or None when it is excluded.
+
+        Args:
+            choice: fields of LayerConfig that win over all overrides.
+        """
         if self.is_excluded(name):
             return None
         changes: dict[str, Any] = {}
         for pattern, override in self.overrides.items():
             if fnmatchcase(name, pattern):
                 changes |= override
-        return self._layer(changes)
+        return self._layer(changes | dict(choice))
 
     def check_names(self, names: list[str]) -> None:
         """Raise NMError if an override, or an exclude pattern other than the default, matches none of `names`."""
@@ -239,6 +247,14 @@ def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def default_positions(pattern: NMPattern, weight_dtype: str) -> str:
+    """Bitmaps where kernels read them faster, for floats and groups of 32 columns; elsewhere the smaller codes.
+
+    Measured in docs/kernels.md.
+    """
+    return "bitmap" if weight_dtype not in INTEGER_DTYPES or pattern.m == 32 else "codes"
 
 
 def check_group_size(group_size: int | str, pattern: NMPattern) -> int:

@@ -270,7 +270,8 @@ def test_refuses_when_the_session_is_created(case):
 
 @pytest.mark.parametrize("pattern,code", [("2:4", 6), ("16:32", 601080390)])
 def test_every_code_below_the_number_of_masks_is_taken(pattern, code):
-    packed = random_packed(1, width := int(pattern.partition(":")[2]), pattern=pattern, dtype="float32")
+    width = int(pattern.partition(":")[2])
+    packed = random_packed(1, width, pattern=pattern, dtype="float32", positions="codes")
     for given, accepted in ((code - 1, True), (code, False)):
         raw = given.to_bytes(packed.tensors["positions"].shape[1], "little")
         model = chain_model([packed])
@@ -283,7 +284,7 @@ def test_every_code_below_the_number_of_masks_is_taken(pattern, code):
 
 
 def test_refuses_inputs_of_the_graph_when_it_runs():
-    packed = random_packed(pattern="8:16")
+    packed = random_packed(pattern="8:16", positions="codes")
     given = session(chain_model([packed], constant=False))
     feeds = {t.name: ort_value(t) for t in chain_model([packed]).graph.initializer}
     feeds["x"] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, 40), np.float32))

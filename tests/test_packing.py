@@ -133,7 +133,7 @@ def test_int4_search_follows_the_column_weight():
 
 
 @pytest.mark.parametrize(
-    "dtype,outliers,bits", [("float16", None, 8.875), ("int8", None, 5.0), ("int4", None, 3.0), ("int4", "16:256", 4.5)]
+    "dtype,outliers,bits", [("float16", None, 9.0), ("int8", None, 5.0), ("int4", None, 3.0), ("int4", "16:256", 4.5)]
 )
 def test_size_is_the_arithmetic(dtype, outliers, bits):
     packed = PackedWeight.pack(random_weight(8, 1024), "8:16", outliers, dtype)
@@ -275,3 +275,13 @@ def test_memory_does_not_grow_with_the_weight():
     assert found["weight"] == 2**26
     for step in ("packing", "checking", "unpacking"):
         assert found[step] < 0.6 * found["weight"], found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "positions"),
+    [("8:16", "float16", "bitmap"), ("8:16", "int4", "codes"), ("16:32", "int8", "bitmap"), ("2:4", "int8", "codes")],
+)
+def test_positions_are_by_default_what_the_kernels_read_faster(pattern, dtype, positions):
+    weight = random_weight(4, 64)
+    assert PackedWeight.pack(weight, pattern, dtype=dtype).config.positions == positions
+    assert PackedWeight.pack(weight, pattern, dtype=dtype, positions="codes").config.positions == "codes"

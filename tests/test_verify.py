@@ -31,7 +31,8 @@ def sound(tmp_path_factory, tiny_llama_folder, tokenizer, text):
         "*.down_proj": {"weight_dtype": "int4", "group_size": 32, "positions": "bitmap", "outliers": None},
         "*.k_proj": {"weight_dtype": "int8", "pattern": "16:16", "outliers": None},
     }
-    config = NMConfig(outliers="16:256", overrides=overrides, calibration_samples=2, calibration_length=32)
+    options = {"calibration_samples": 2, "calibration_length": 32, "positions": "codes"}
+    config = NMConfig(outliers="16:256", overrides=overrides, **options)
     architecture = AutoConfig.from_pretrained(tiny_llama_folder)
     architecture.num_hidden_layers, architecture.hidden_size, architecture.intermediate_size = 1, 40, 56
     architecture.head_dim = 10  # the folder's own would make o_proj wider than the model

@@ -20,7 +20,7 @@ CHOICES = {
     "equalization_mode": definitions.EQUALIZATION_MODES,
     "variance_correction": (*definitions.VARIANCE_CORRECTIONS, None),
     "weight_dtype": definitions.WEIGHT_DTYPES,
-    "positions": definitions.POSITION_FORMATS,
+    "positions": (*definitions.POSITION_FORMATS, None),
     "outlier_dtype": definitions.OUTLIER_DTYPES,
     "preset": (*definitions.PRESETS, None),
 }

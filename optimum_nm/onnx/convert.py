@@ -36,7 +36,7 @@ def convert_onnx(
     pattern: str = "8:16",
     weight_dtype: str = "float16",
     group_size: int | str = 128,
-    positions: str = "codes",
+    positions: str | None = None,
     *,
     accuracy_level: int | None = None,
     exclude: Sequence[str] = (),

@@ -59,7 +59,7 @@ class PackedWeight:
         outliers: str | OutlierPattern | None = None,
         dtype: str = "float16",
         group_size: int | str = 128,
-        positions: str = "codes",
+        positions: str | None = None,
         outlier_dtype: str = "float16",
         *,
         mask: Tensor | None = None,

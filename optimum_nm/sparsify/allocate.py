@@ -83,12 +83,12 @@ def allocate_layers(
 @dataclass(frozen=True)
 class _Costs:
     sensitivity: float
-    relative_errors: dict[LayerConfig, float]
+    relative_errors: dict[tuple[Any, ...], float]  # by the values of ALLOCATED
 
 
 def _choice(shape: torch.Size, layer: LayerConfig, costs: _Costs | None) -> Choice:
     """Without costs there is nothing to choose."""
-    error = 0.0 if costs is None else costs.relative_errors[layer]
+    error = 0.0 if costs is None else costs.relative_errors[_key(layer)]
     return Choice(layer, packed_bytes(shape, layer), error, 0.0 if costs is None else error * costs.sensitivity)
 
 
@@ -97,7 +97,8 @@ def _options(model: PreTrainedModel, name: str, layer: LayerConfig, config: NMCo
     for pattern, override in config.overrides.items():
         if fnmatchcase(name, pattern) and not override.keys().isdisjoint(ALLOCATED):
             return [layer]
-    options = candidates(layer)
+    chosen = [config.layer(name, _settings(option)) for option in candidates(layer)]
+    options = [option for option in chosen if option is not None]
     if config.share_embedding and name == output_layer_name(model):
         return [option for option in options if option.pattern.is_dense and option.outliers is None]
     return options
@@ -107,6 +108,10 @@ def _settings(layer: LayerConfig) -> dict[str, Any]:
     """The fields of ALLOCATED, as an override has them."""
     outliers = None if layer.outliers is None else str(layer.outliers)
     return {"pattern": str(layer.pattern), "outliers": outliers, "weight_dtype": layer.weight_dtype}
+
+
+def _key(layer: LayerConfig) -> tuple[Any, ...]:
+    return tuple(_settings(layer).values())
 
 
 def _measure(
@@ -151,4 +156,4 @@ def _layer_costs(module: nn.Module, statistics: InputStatistics, fisher: Tensor,
     rows = sampled_rows(len(weight)).to(gram.device)
     share = fisher[rows] / (fisher[rows] * energies[rows]).sum().clamp_min(torch.finfo(torch.float32).tiny)
     errors = candidate_errors(weight[rows].float(), gram, layer)
-    return _Costs(sensitivity, {candidate: (share * error).sum().item() for candidate, error in errors})
+    return _Costs(sensitivity, {_key(candidate): (share * error).sum().item() for candidate, error in errors})
