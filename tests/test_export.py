@@ -280,7 +280,7 @@ def test_refuses_missing_tensors(folder, name, message):
 
 def test_refuses_another_pattern_than_is_stored(folder):
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    change_config(folder, quantization_config=config | {"pattern": "2:4"})
+    change_config(folder, quantization_config=config | {"pattern": "4:16"})
     refused(folder, "the configuration asks for")
     change_config(folder, quantization_config=config | {"format_version": 2})
     refused(folder, "format_version is 2")

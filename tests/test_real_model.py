@@ -72,7 +72,7 @@ def test_file_size_is_the_arithmetic_of_the_format(sparse):
         groups = in_features // 16
         full, rest = divmod(in_features, 256)
         outliers = full * 16 + rest // 16
-        values, positions = groups * 8 * 2, -(-groups * 14 // 8)  # log2 C(16, 8) is 13.65
+        values, positions = groups * 8 * 2, groups * 16 // 8  # bitmaps
         return out_features * (values + positions + outliers * (2 + 1))
 
     attention = 2 * packed(HIDDEN, HIDDEN) + 2 * packed(KEY_VALUE, HIDDEN)
