@@ -1,11 +1,12 @@
 """Distillation of the whole model: against its own loss, through checkpoints, and what it refuses."""
 
 import copy
-from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from test_sparsify import OPTIONS, tiny_model
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from optimum_nm import NMModelForCausalLM
 from optimum_nm.calibration.windows import calibration_windows
@@ -83,14 +84,20 @@ def test_packed_model_comes_nearer_to_the_dense_one(architecture, options, token
         assert torch.equal(packed.unpack(), before[name].unpack()) != in_block, name
 
 
-def test_checkpointing_changes_no_gradient(tokenizer, text, monkeypatch):
-    trained = []
-    for blocks in (distillation._checkpointed, lambda _: nullcontext()):
-        monkeypatch.setattr(distillation, "_checkpointed", blocks)
+def test_checkpointing_computes_blocks_again_and_changes_no_gradient(tokenizer, text):
+    trained, calls = [], [0, 0]
+    for again in (False, True):
         dense, model, windows = sparsified(tokenizer, text, weight_dtype="float32")
-        distill(model, dense, windows, DistillConfig(**QUICK), seed=0, progress=False)
+        with register_module_forward_pre_hook(partial(count_block, calls, again)):
+            settings = DistillConfig(**QUICK, gradient_checkpointing=again)
+            distill(model, dense, windows, settings, seed=0, progress=False)
         trained.append({name: packed.unpack() for name, packed in packed_layers(model).items()})
+    assert calls[1] > calls[0] > 0
     assert all(torch.allclose(trained[0][name], trained[1][name], atol=1e-6) for name in trained[0])
+
+
+def count_block(calls, index, module, inputs):
+    calls[index] += type(module).__name__ == "LlamaMLP"
 
 
 def test_divergence_is_that_of_all_tokens_at_once(monkeypatch):
@@ -188,6 +195,29 @@ def test_memory_is_estimated(tokenizer, monkeypatch):
     plain, distilled = (estimate_bytes(*arguments, NMConfig(distill=d), spilled=False) for d in (None, {}))
     weights = sum(parameter.numel() for parameter in model.model.layers.parameters())
     assert distilled - plain == 4 * (6 * weights + 48 * (2 * 48 + 4 * len(tokenizer)))
+
+
+def test_memory_without_checkpointing_is_that_of_what_autograd_keeps(tokenizer, monkeypatch):
+    monkeypatch.setattr(memory_estimate, "memory_bytes", lambda: (0, 0))
+    model, kept = tiny_model("Llama", len(tokenizer)), {}
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    windows = torch.zeros(8, 48, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(input_ids=windows[:1], use_cache=False)
+    arguments = LoadedWeights(model), model.model.layers, windows
+    few, all_of_them = (
+        estimate_bytes(*arguments, NMConfig(distill={"gradient_checkpointing": again}), spilled=False)
+        for again in (True, False)
+    )
+    inputs = 4 * 48 * 2 * 48
+    measured = sum(size for size, _ in kept.values())
+    assert 0.8 * measured < all_of_them - few + inputs < 1.5 * measured
 
 
 @pytest.mark.parametrize(

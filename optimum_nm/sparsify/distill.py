@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 
@@ -111,8 +111,7 @@ def distill(
     makes none, as an encoder, the error of its last hidden states.
 
     Trained are the values of all packed layers in decoder blocks, in float32, integers through a straight-through
-    estimator, and all norms and biases. Decoder blocks are checkpointed: their insides are computed again for the
-    gradient, so that one block's are in memory.
+    estimator, and all norms and biases.
 
     Args:
         model: packed, in eval mode; changed in place, what is stored is what was trained.
@@ -145,7 +144,8 @@ def distill(
 
     masters = [linear.weight.master for linear in trained.values()]
     steps = settings.epochs * len(batches)
-    with _checkpointed(blocks), tqdm(total=steps, desc="Distilling", unit="batch", disable=not progress) as bar:
+    memory = _checkpointed(blocks) if settings.gradient_checkpointing else nullcontext()
+    with memory, tqdm(total=steps, desc="Distilling", unit="batch", disable=not progress) as bar:
         losses = train(loss, len(batches), masters, vectors, settings, seed, bar.update)
     for name, linear in trained.items():
         replace_linear(blocks, name, linear.packed())

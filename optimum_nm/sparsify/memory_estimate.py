@@ -15,6 +15,7 @@ from .statistics import FLOAT32, in_parts, statistics_bytes
 
 SOLVER_COPIES = 8  # of the layer that is being solved, in float32
 DISTILLATION_COPIES = 6  # of all blocks' weights, in float32: masters, gradients, moments, the best so far, and masks
+HIDDEN_COPIES = 13  # that a block keeps of a token for its gradient, beside what its linears take and give
 LOGITS_COPIES = 4  # of a batch, in float32: of both models, their gradient, probabilities
 TRAINING_COPIES = 8  # of a block's weights, in float32: masters, gradients, moments, the best so far, what is stored
 INTERMEDIATES = 4  # of a batch, as wide as the widest layer
@@ -55,7 +56,8 @@ def estimate_bytes(weights: Weights, blocks: nn.ModuleList, windows: Tensor, con
 
 
 def _distillation_bytes(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor, config: NMConfig) -> int:
-    """What distillation adds: training's copies, and of a batch the inputs of all blocks and the logits.
+    """What distillation adds: training's copies, and of a batch the logits and what blocks keep for their gradients:
+    their inputs, or all within them.
 
     The copy of the dense model is there from the beginning.
     """
@@ -65,7 +67,11 @@ def _distillation_bytes(model: PreTrainedModel, blocks: nn.ModuleList, windows: 
     text = model.config.get_text_config()
     tokens = min(settings.batch_size, len(windows)) * windows.shape[1]
     trained = sum(parameter.numel() for block in blocks for parameter in block.parameters())
-    activations = tokens * (len(blocks) * text.hidden_size + LOGITS_COPIES * text.vocab_size)
+    kept = text.hidden_size
+    if not settings.gradient_checkpointing:
+        outputs = sum(dense_weight(linear).shape[0] for linear in linear_layers(blocks[0]).values())
+        kept = 2 * outputs + HIDDEN_COPIES * text.hidden_size
+    activations = tokens * (len(blocks) * kept + LOGITS_COPIES * text.vocab_size)
     return FLOAT32 * (DISTILLATION_COPIES * trained + activations)
 
 
