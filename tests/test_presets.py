@@ -9,8 +9,10 @@ import pytest
 from optimum_nm.commands.config_options import add_config_options, read_config
 from optimum_nm.config import NMConfig
 from optimum_nm.errors import NMError
-from optimum_nm.finetune_config import FinetuneConfig
+from optimum_nm.finetune_config import DistillConfig, FinetuneConfig
 from optimum_nm.presets import PRESETS
+
+TRAINING = {settings.FIELD: settings for settings in (FinetuneConfig, DistillConfig)}
 
 
 def parsed(*options):
@@ -24,8 +26,8 @@ def test_preset_sets_its_fields_and_no_other(preset):
     config, plain = NMConfig(preset=preset), NMConfig()
     for name, value in vars(config).items():
         wanted = {**vars(plain), **PRESETS[preset], "preset": preset}[name]
-        if name == "finetune" and wanted is not None:
-            assert FinetuneConfig.from_dict(value) == FinetuneConfig.from_dict(wanted)
+        if name in TRAINING and wanted is not None:
+            assert TRAINING[name].from_dict(value) == TRAINING[name].from_dict(wanted)
         else:
             assert value == wanted
 
@@ -47,8 +49,10 @@ def test_signature_is_that_of_the_fields():
 
 
 def test_presets_are_changed_by_no_configuration():
-    NMConfig(preset="best").finetune["epochs"] = 99
-    assert NMConfig(preset="best").finetune["epochs"] == PRESETS["best"]["finetune"]["epochs"]
+    NMConfig(preset="best").distill["epochs"] = 99
+    NMConfig(preset="paper").finetune["epochs"] = 99
+    assert NMConfig(preset="best").distill["epochs"] == PRESETS["best"]["distill"]["epochs"]
+    assert NMConfig(preset="paper").finetune["epochs"] == PRESETS["paper"]["finetune"]["epochs"]
 
 
 def test_command_line_takes_a_preset_and_what_changes_it(tmp_path):
