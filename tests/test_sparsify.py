@@ -246,6 +246,17 @@ def test_output_layer_is_scored_on_the_output_of_the_sparse_model(tokenizer, tex
     assert torch.allclose(seen, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "processor", "said"),
+    [(torch.bfloat16, "AVX2", True), (torch.bfloat16, "AVX512", False), (torch.float32, "AVX2", False)],
+)
+def test_says_that_the_processor_is_slow_with_halves(tokenizer, text, dtype, processor, said, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    optimizer = NMOptimizer(tiny_model("Llama", len(tokenizer)).to(dtype), tokenizer)
+    optimizer.sparsify(NMConfig(**OPTIONS), [text], progress=False)
+    assert ("load it with dtype='float32'" in caplog.text) == said
+
+
 def test_bfloat16_model_keeps_its_type(tokenizer, text, tmp_path):
     model = tiny_model("Llama", len(tokenizer)).to(torch.bfloat16)
     NMOptimizer(model, tokenizer).optimize(tmp_path / "out", NMConfig(**OPTIONS), [text], progress=False)

@@ -34,6 +34,8 @@ from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
 
+PROCESSORS_WITHOUT_HALVES = ("DEFAULT", "NO AVX", "AVX2")  # as torch calls them: no products of float16 or bfloat16
+
 
 @torch.no_grad()
 def sparsify_model(
@@ -65,6 +67,8 @@ def sparsify_model(
         NMError: no decoder blocks, non-finite weights or activations, a value that its stored type cannot hold.
         OSError: a file of `work` cannot be read or written.
     """
+    if (advice := slow_arithmetic(weights)) is not None and rank() == 0:
+        logger.warning(advice)
     run = _Run(weights, windows, config, work, memory_budget)
     steps = len(run.blocks) + bool(run.outside)
     with tqdm(total=steps, initial=run.done, desc="Sparsifying", unit="block", disable=not progress) as bar:
@@ -275,6 +279,18 @@ def resolve_names(config: NMConfig, model: PreTrainedModel) -> NMConfig:
     if all(config.is_excluded(name) for name in names):
         raise NMError(f"exclude is {config.exclude!r}, which leaves no linear layer to sparsify.")
     return config
+
+
+def slow_arithmetic(weights: Weights) -> str | None:
+    """What to say where the processor multiplies the weights' type much more slowly than float32."""
+    slow = weights.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in PROCESSORS_WITHOUT_HALVES
+    dtype = str(weights.model.dtype).removeprefix("torch.")
+    if not slow or dtype not in ("float16", "bfloat16"):
+        return None
+    return (
+        f"The model is in {dtype}, which this processor multiplies several times more slowly than float32; load it "
+        "with dtype='float32' (--dtype float32) to save that time. What is not packed is then saved as float32."
+    )
 
 
 def _check_tied(model: PreTrainedModel, config: NMConfig) -> None:
