@@ -289,6 +289,12 @@ def test_graph_that_does_not_fit_the_checkpoint(folder, damage):
     assert found == [] if message is None else any(message in problem for problem in found), found
 
 
+def test_location_that_is_no_text(folder):
+    graph = folder / "model.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"model.safetensors", b"\x80odel.safetensors"))
+    assert any("which is no file of the folder" in problem for problem in problems(folder))
+
+
 def test_weights_that_moved_under_the_graph(folder):
     change(folder, lambda tensors: tensors.update({"model.a_new_one": torch.ones(3)}), refresh=False)
     assert any("model.onnx: initializer" in problem for problem in problems(folder))

@@ -76,9 +76,10 @@ def _reference_problem(
         location, offset, length = entries["location"], int(entries.get("offset", "0")), int(entries["length"])
     except (KeyError, ValueError):
         return f"has the external reference {entries}; location, offset and length are needed."
-    file = path.parent / location
-    if Path(location).name != location or not _is_file(file):
+    # A string that is not UTF-8 is bytes to protobuf.
+    if not isinstance(location, str) or Path(location).name != location or not _is_file(path.parent / location):
         return f"lies in {location!r}, which is no file of the folder."
+    file = path.parent / location
     size = file.stat().st_size
     if offset < 0 or length < 0 or offset + length > size:
         return f"is bytes {offset} to {offset + length} of {location}, which has {size}."
