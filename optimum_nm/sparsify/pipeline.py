@@ -34,8 +34,6 @@ from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
 
-PROCESSORS_WITHOUT_HALVES = ("DEFAULT", "NO AVX", "AVX2")  # as torch calls them: no products of float16 or bfloat16
-
 
 @torch.no_grad()
 def sparsify_model(
@@ -283,7 +281,7 @@ def resolve_names(config: NMConfig, model: PreTrainedModel) -> NMConfig:
 
 def slow_arithmetic(weights: Weights) -> str | None:
     """What to say where the processor multiplies the weights' type much more slowly than float32."""
-    slow = weights.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in PROCESSORS_WITHOUT_HALVES
+    slow = weights.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     dtype = str(weights.model.dtype).removeprefix("torch.")
     if not slow or dtype not in ("float16", "bfloat16"):
         return None
