@@ -332,9 +332,9 @@ bool Supports(const Layout& l) {
 
 constexpr int64_t kAny = INT64_MAX;
 constexpr Kernel kKernels[] = {
-    {"int8 panels, int8 activations", Isa::kAvx2, true, kAny, Supports<NM_INT8>, PackedBytes, Pack, ScratchBytes,
+    {"int8 panels, int8 activations", Isa::kAvx2, true, 1, kAny, Supports<NM_INT8>, PackedBytes, Pack, ScratchBytes,
      Run<NM_INT8>},
-    {"int4 panels, int8 activations", Isa::kAvx2, true, kAny, Supports<NM_INT4>, PackedBytes, Pack, ScratchBytes,
+    {"int4 panels, int8 activations", Isa::kAvx2, true, 1, kAny, Supports<NM_INT4>, PackedBytes, Pack, ScratchBytes,
      Run<NM_INT4>},
 };
 

@@ -288,9 +288,9 @@ bool Supports(const Layout& l) {
 constexpr int64_t kMostInt8Rows = 16;  // from then on panels are faster
 constexpr int64_t kMostInt4Rows = 12;
 constexpr Kernel kKernels[] = {
-    {"int8 rows, int8 activations", Isa::kAvx2, true, kMostInt8Rows, Supports<NM_INT8>, PackedBytes, PackRows,
+    {"int8 rows, int8 activations", Isa::kAvx2, true, 1, kMostInt8Rows, Supports<NM_INT8>, PackedBytes, PackRows,
      ScratchBytes, Run<Int8>},
-    {"int4 rows, int8 activations", Isa::kAvx2, true, kMostInt4Rows, Supports<NM_INT4>, PackedBytes, PackRows,
+    {"int4 rows, int8 activations", Isa::kAvx2, true, 1, kMostInt4Rows, Supports<NM_INT4>, PackedBytes, PackRows,
      ScratchBytes, Run<Int4>},
 };
 

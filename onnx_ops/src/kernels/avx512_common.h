@@ -102,8 +102,9 @@ struct StoredMasks {
 
   uint64_t Step(int64_t step) const { return step == last_step ? last : Load64(masks + 8 * step); }
   uint64_t PlainStep(int64_t step) const { return Load64(masks + 8 * step); }
+  const uint8_t* Address(int64_t step) const { return masks + 8 * step; }
   void PrefetchStep(int64_t step) const {
-    if (step % 4 == 0) Prefetch(masks + 8 * step);
+    if (step % 4 == 0) Prefetch(Address(step));
   }
 };
 
@@ -118,8 +119,9 @@ struct CodeMasks {
   uint64_t Step(int64_t step) const { return step == last_step ? last : PlainStep(step); }
   // The last step has at least two bytes, so 8 bytes can be read at every other one.
   uint64_t PlainStep(int64_t step) const { return MaskOfFields<14>(table, Load64(codes + 7 * step), 14); }
+  const uint8_t* Address(int64_t step) const { return codes + 7 * step; }
   void PrefetchStep(int64_t step) const {
-    if (step % 4 == 0) Prefetch(codes + 7 * step);
+    if (step % 4 == 0) Prefetch(Address(step));
   }
 };
 

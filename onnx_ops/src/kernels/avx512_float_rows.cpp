@@ -157,11 +157,11 @@ void RunFloats(const Layout& l, int64_t rows, const void* packed, int64_t first,
 size_t FloatScratch(const Layout& l, int64_t) { return MaskReader::ScratchBytes(l); }
 
 constexpr Kernel kKernels[] = {
-    {"float32 rows", Isa::kAvx512, false, kMostFloatRows, Supports<NM_FLOAT32>, FloatRowsBytes, PackFloats,
+    {"float32 rows", Isa::kAvx512, false, 1, kMostFloatRows, Supports<NM_FLOAT32>, FloatRowsBytes, PackFloats,
      FloatScratch, RunFloats<Float32>},
-    {"float16 rows", Isa::kAvx512, false, kMostFloatRows, Supports<NM_FLOAT16>, FloatRowsBytes, PackFloats,
+    {"float16 rows", Isa::kAvx512, false, 1, kMostFloatRows, Supports<NM_FLOAT16>, FloatRowsBytes, PackFloats,
      FloatScratch, RunFloats<Float16>},
-    {"bfloat16 rows", Isa::kAvx512, false, kMostFloatRows, Supports<NM_BFLOAT16>, FloatRowsBytes, PackFloats,
+    {"bfloat16 rows", Isa::kAvx512, false, 1, kMostFloatRows, Supports<NM_BFLOAT16>, FloatRowsBytes, PackFloats,
      FloatScratch, RunFloats<Bfloat16>},
 };
 

@@ -1,52 +1,10 @@
-// AVX-512 kernels of integer weights: bytes q + offset. Pruned columns become the offset, so that one precomputed sum
-// of activations cancels it everywhere.
-#include "avx512_rows.h"
+// AVX-512 kernels of integer weights for few activation rows. Pruned columns become the offset, so that one precomputed
+// sum of activations cancels it everywhere.
+#include "avx512_integer_weights.h"
 #include "kernels.h"
 
 namespace nm {
 namespace {
-
-template <Density density>
-struct Int8 {
-  static constexpr Density kDensity = density;
-  static constexpr bool kUnpackFirst = false;
-  static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t step_values) {
-    return row + step * step_values;
-  }
-  // 64 columns of bytes, pruned ones at the offset; row points to the values of the whole row.
-  static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t step_values, __m512i offset) {
-    const uint8_t* v = row + step * step_values;
-    if constexpr (density == Density::kDense) return _mm512_loadu_si512(v);
-    const __mmask64 k = mask;
-    if constexpr (density == Density::kHalf) {
-      return _mm512_mask_expand_epi8(offset, k,
-                                     _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v))));
-    }
-    return _mm512_mask_expand_epi8(offset, k, _mm512_maskz_loadu_epi8(LowMask(step_values), v));
-  }
-};
-
-template <Density density>
-struct Int4 {
-  static constexpr Density kDensity = density;
-  static constexpr bool kUnpackFirst = density == Density::kGeneral;
-  static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t) {
-    return density == Density::kDense ? row + 32 * step : row + 16 * step;
-  }
-  static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t, __m512i offset) {
-    const __m256i low_bits = _mm256_set1_epi8(15);
-    if constexpr (density == Density::kDense) {
-      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 32 * step));
-      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, low_bits)),
-                                _mm256_and_si256(_mm256_srli_epi16(packed, 4), low_bits), 1);
-    }
-    // 32 bytes hold the values of an even step in their low halves and of the odd one after it in their high halves.
-    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 32 * (step / 2)));
-    const __m256i halves = step % 2 == 0 ? packed : _mm256_srli_epi16(packed, 4);
-    const __mmask64 k = mask;
-    return _mm512_mask_expand_epi8(offset, k, _mm512_castsi256_si512(_mm256_and_si256(halves, low_bits)));
-  }
-};
 
 struct BytesDot {  // int8 activations
   using Sum = __m512i;
@@ -118,45 +76,12 @@ struct FloatsDot {  // float32 activations, every fourth column in one vector
   static __m512 Value(Sum sum) { return sum; }
 };
 
-// Scale of each block of an output row, in float32.
-void BlockScales(const Layout& l, const PackedRows& p, int64_t output, float* scales) {
-  const uint8_t* halves = l.scales + output * l.row_scales * 2;
-  const int64_t block = BlockColumns(l);
-  Prefetch(halves);
-  for (int64_t b = 0; b < p.blocks; b += 16) {
-    __m512 values;
-    if (l.row_scales == 1) {
-      values = _mm512_set1_ps(_mm512_cvtss_f32(HalvesToFloats(halves, 1)));
-    } else if (l.scale_columns == block) {
-      values = HalvesToFloats(halves + 2 * b, p.blocks - b);
-    } else {
-      alignas(64) uint16_t repeated[32] = {};
-      for (int64_t i = 0; i < Min(16, p.blocks - b); ++i) {
-        memcpy(repeated + i, halves + 2 * ((b + i) * block / l.scale_columns), 2);
-      }
-      values = HalvesToFloats(reinterpret_cast<const uint8_t*>(repeated), 16);
-    }
-    _mm512_store_ps(scales + b, values);
-  }
-}
-
-// One output row times R activation rows. Steps below whole_steps are read in place; the rest, at most two, from
-// rest_values, one value a byte.
+// One output row times R activation rows.
 template <class Weights, class Rest, class Masks>
 struct IntegerRow {
+  const IntegerReader<Weights, Rest>& reader;
+  IntegerValues values;
   Masks masks;
-  const uint8_t* values;
-  const uint8_t* rest_values;
-  int64_t whole_steps;
-  int64_t steps;
-  int64_t step_values;
-  __m512i offset;
-
-  __m512i Load(int64_t step) const {
-    const uint64_t mask = masks.Step(step);
-    return step < whole_steps ? Weights::Load(values, step, mask, step_values, offset)
-                              : Rest::Load(rest_values, step - whole_steps, mask, step_values, offset);
-  }
 
   // kBlockSteps: steps of a block, 0 for block_steps of them. scales[r · scales_stride + block].
   template <int R, int kBlockSteps, class Dot>
@@ -164,9 +89,8 @@ struct IntegerRow {
     __m512 totals[R];
     for (__m512& total : totals) total = _mm512_setzero_ps();
     const int64_t per_block = kBlockSteps > 0 ? kBlockSteps : block_steps;
-    const int64_t count = StepValues<Weights::kDensity>(step_values);
-    const int64_t plain_blocks = Min(whole_steps, steps - 1) / per_block;
-    const int64_t blocks = (steps + per_block - 1) / per_block;
+    const int64_t plain_blocks = Min(reader.whole_steps, reader.steps - 1) / per_block;
+    const int64_t blocks = (reader.steps + per_block - 1) / per_block;
     for (int64_t b = 0; b < blocks; ++b) {
       typename Dot::Sum block[R];
       for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
@@ -174,11 +98,14 @@ struct IntegerRow {
       if (b < plain_blocks) {
         for (int64_t i = 0; i < per_block; ++i, ++step) {
           masks.PrefetchStep(step);
-          if (i % 2 == 0) Prefetch(Weights::Address(values, step, count));
-          dot.template Step<R>(Weights::Load(values, step, masks.PlainStep(step), count, offset), offset, step, block);
+          if (i % 2 == 0) Prefetch(reader.Address(values, step));
+          const __m512i w = reader.LoadInPlace(values, step, masks.PlainStep(step));
+          dot.template Step<R>(w, reader.offset, step, block);
         }
       } else {
-        for (; step < Min((b + 1) * per_block, steps); ++step) dot.template Step<R>(Load(step), offset, step, block);
+        for (; step < Min((b + 1) * per_block, reader.steps); ++step) {
+          dot.template Step<R>(reader.Load(values, step, masks.Step(step)), reader.offset, step, block);
+        }
       }
       for (int r = 0; r < R; ++r) {
         totals[r] = _mm512_fmadd_ps(Dot::Value(block[r]), _mm512_set1_ps(scales[r * scales_stride + b]), totals[r]);
@@ -192,56 +119,35 @@ struct IntegerScratch {
   size_t masks;
   size_t scales;    // float32 a block
   size_t products;  // float32 a block for four activation rows
-  size_t values;    // an int4 row as bytes
+  size_t copy;      // of values
   size_t total;
-};
 
-IntegerScratch PlanIntegerScratch(const Layout& l) {
-  const int64_t blocks = RoundUp(l.in_features, 64) / 64 + 16;
-  IntegerScratch s = {};
-  s.masks = 0;
-  s.scales = static_cast<size_t>(RoundUp(static_cast<int64_t>(MaskReader::ScratchBytes(l)), 64));
-  s.products = s.scales + static_cast<size_t>(RoundUp(blocks * 4, 64));
-  s.values = s.products + 4 * static_cast<size_t>(RoundUp(blocks * 4, 64));
-  s.total = s.values + (l.dtype == NM_INT4 ? static_cast<size_t>(RoundUp(l.row_values, 64)) + 256 : 0);
-  return s;
-}
+  explicit IntegerScratch(const Layout& l) {
+    const int64_t blocks = RoundUp(l.in_features, kStep) / kStep + 16;
+    Parts parts;
+    masks = parts.Take(static_cast<int64_t>(MaskReader::ScratchBytes(l)));
+    scales = parts.Take(blocks * 4);
+    products = parts.Take(4 * RoundUp(blocks * 4, 64));
+    copy = parts.Take(IntegerCopyBytes(l));
+    total = parts.total();
+  }
+};
 
 template <class Weights, class Rest, class Dot, class Masks>
 void IntegerOutputs(const Layout& l, int64_t rows, const uint8_t* packed, int64_t first, int64_t last, uint8_t* scratch,
                     float* y, int64_t y_stride) {
   const PackedRows p = PlanRows(l, rows, Dot::kInt8Activations);
-  const IntegerScratch plan = PlanIntegerScratch(l);
-  const MaskReader reader(l);
+  const IntegerScratch plan(l);
+  const MaskReader masks(l);
+  const IntegerReader<Weights, Rest> reader(l);
   float* scales = reinterpret_cast<float*>(scratch + plan.scales);
   float* products = reinterpret_cast<float*>(scratch + plan.products);
-  const int64_t steps = Steps(l);
-  const int64_t step_values = l.dense ? kStep : kStep * l.n / l.m;
   const int64_t block_steps = BlockColumns(l) / kStep;
   const int64_t scales_stride = RoundUp(p.blocks, 16);
-  // int4 values come in whole chunks of 64, the rest and every general pattern by bytes.
-  const int64_t whole = Weights::kUnpackFirst ? 0 : l.dtype == NM_INT4 ? l.row_values / 64 * 64 : l.row_values;
-  const int64_t whole_steps = Min(whole / step_values, steps);
   for (int64_t output = first; output < last; ++output) {
-    alignas(64) uint8_t rest[256];
-    const uint8_t* values = l.values + output * l.value_bytes;
-    const uint8_t* rest_values = rest;
-    if (Weights::kUnpackFirst) {
-      UnpackInt4Tail(l, values, 0, scratch + plan.values);
-      rest_values = scratch + plan.values;
-    } else if (whole_steps < steps && l.dtype == NM_INT4) {
-      UnpackInt4Tail(l, values, whole, rest);
-    } else if (whole_steps < steps) {
-      memcpy(rest, values + whole_steps * step_values, static_cast<size_t>(l.row_values - whole_steps * step_values));
-    }
-    BlockScales(l, p, output, scales);
-    const IntegerRow<Weights, Rest, Masks> row{MasksOf<Masks>(reader, output, scratch),
-                                               values,
-                                               rest_values,
-                                               whole_steps,
-                                               steps,
-                                               step_values,
-                                               _mm512_set1_epi8(static_cast<char>(l.dtype == NM_INT4 ? 8 : 128))};
+    BlockScales(l, output, scales);
+    const IntegerRow<Weights, Rest, Masks> row{reader, reader.Row(output, scratch + plan.copy),
+                                               MasksOf<Masks>(masks, output, scratch + plan.masks)};
     ForRows(rows, [&](auto count, int64_t r) {
       constexpr int R = decltype(count)::value;
       float sums[R];
@@ -271,16 +177,16 @@ void RunIntegers(const Layout& l, int64_t rows, const void* packed, int64_t firs
   run(l, rows, static_cast<const uint8_t*>(packed), first, last, static_cast<uint8_t*>(scratch), y, y_stride);
 }
 
-size_t IntegerScratchBytes(const Layout& l, int64_t) { return PlanIntegerScratch(l).total; }
+size_t IntegerScratchBytes(const Layout& l, int64_t) { return IntegerScratch(l).total; }
 
 constexpr Kernel kKernels[] = {
-    {"int8 rows, int8 activations", Isa::kAvx512, true, kAny, Supports<NM_INT8>, Int8RowsBytes, PackBytes,
+    {"int8 rows, int8 activations", Isa::kAvx512, true, 1, kAny, Supports<NM_INT8>, Int8RowsBytes, PackBytes,
      IntegerScratchBytes, RunIntegers<Int8, BytesDot>},
-    {"int4 rows, int8 activations", Isa::kAvx512, true, kAny, Supports<NM_INT4>, Int8RowsBytes, PackBytes,
+    {"int4 rows, int8 activations", Isa::kAvx512, true, 1, kAny, Supports<NM_INT4>, Int8RowsBytes, PackBytes,
      IntegerScratchBytes, RunIntegers<Int4, BytesDot>},
-    {"int8 rows", Isa::kAvx512, false, kMostFloatRows, Supports<NM_INT8>, FloatRowsBytes, PackFloats,
+    {"int8 rows", Isa::kAvx512, false, 1, kMostFloatRows, Supports<NM_INT8>, FloatRowsBytes, PackFloats,
      IntegerScratchBytes, RunIntegers<Int8, FloatsDot>},
-    {"int4 rows", Isa::kAvx512, false, kMostFloatRows, Supports<NM_INT4>, FloatRowsBytes, PackFloats,
+    {"int4 rows", Isa::kAvx512, false, 1, kMostFloatRows, Supports<NM_INT4>, FloatRowsBytes, PackFloats,
      IntegerScratchBytes, RunIntegers<Int4, FloatsDot>},
 };
 

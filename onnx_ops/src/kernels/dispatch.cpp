@@ -5,6 +5,10 @@
 #if defined(NM_HAVE_X86_KERNELS)
 #include <cpuid.h>
 #endif
+#if defined(NM_HAVE_AMX_KERNELS)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(NM_HAVE_NEON_KERNELS) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -19,13 +23,16 @@ constexpr size_t kMostKernels = 64;
 #if defined(NM_HAVE_NEON_KERNELS)
 constexpr Isa kIsas[] = {Isa::kPortable, Isa::kNeon, Isa::kDotprod};
 #else
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 #endif
 
 struct Registry {
   Kernel kernels[kMostKernels];
   size_t count = 0;
   Registry() {
+#if defined(NM_HAVE_AMX_KERNELS) || defined(NM_EMULATE_AVX512)
+    Append(AmxIntegerTiles());
+#endif
 #if defined(NM_HAVE_X86_KERNELS) || defined(NM_EMULATE_AVX512)
     Append(Avx512IntegerRows());
     Append(Avx512FloatRows());
@@ -53,6 +60,21 @@ struct Registry {
 bool HasF16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+// Tiles of bytes and of bfloat16, and AVX-512's conversions to it. Linux gives tile registers to a process that asks.
+bool HasAmx() {
+#if defined(NM_HAVE_AMX_KERNELS)
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25, kBfloat16 = 1u << 22, kConversions = 1u << 5;
+  constexpr unsigned kAll = kTiles | kInt8 | kBfloat16;
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kAll) != kAll) return false;
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 || (eax & kConversions) == 0) return false;
+  constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -82,6 +104,8 @@ Isa ReadIsa() {
 
 const char* IsaName(Isa isa) {
   switch (isa) {
+    case Isa::kAmx:
+      return "amx";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -97,7 +121,7 @@ const char* IsaName(Isa isa) {
 
 Isa BestIsa() {
 #if defined(NM_EMULATE_AVX512)
-  return Isa::kAvx512;  // the tests' build: intrinsics are plain functions
+  return Isa::kAmx;  // the tests' build: intrinsics are plain functions
 #elif defined(NM_HAVE_X86_KERNELS)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c() &&
@@ -106,6 +130,7 @@ Isa BestIsa() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                       __builtin_cpu_supports("avx512vnni");
+  if (avx512 && HasAmx()) return Isa::kAmx;
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
 #elif defined(NM_HAVE_NEON_KERNELS)
   return HasDotProducts() ? Isa::kDotprod : Isa::kNeon;
@@ -128,7 +153,8 @@ const Kernel& ChooseKernel(const Layout& layout, int64_t rows, int accuracy_leve
   const KernelList all = AllKernels();
   for (size_t i = 0; i < all.count; ++i) {
     const Kernel& kernel = all.kernels[i];
-    if (kernel.isa <= isa && rows <= kernel.most_rows && (accuracy_level == 4 || !kernel.int8_activations) &&
+    if (kernel.isa <= isa && rows >= kernel.least_rows && rows <= kernel.most_rows &&
+        (accuracy_level == 4 || !kernel.int8_activations) &&
         kernel.supports(layout)) {
       return kernel;
     }

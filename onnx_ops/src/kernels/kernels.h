@@ -11,7 +11,7 @@
 namespace nm {
 
 // Each architecture's in ascending order.
-enum class Isa { kPortable, kAvx2, kAvx512, kNeon, kDotprod };
+enum class Isa { kPortable, kAvx2, kAvx512, kAmx, kNeon, kDotprod };
 
 // Activation rows are packed in blocks of this many, each by one call of Kernel::pack.
 constexpr int64_t kRowBlock = 16;
@@ -22,7 +22,8 @@ struct Kernel {
   const char* name;
   Isa isa;
   bool int8_activations;  // for accuracy_level 4
-  int64_t most_rows;      // of activations
+  int64_t least_rows;     // of activations: with fewer it works, but another is faster
+  int64_t most_rows;
   bool (*supports)(const Layout& layout);
 
   // Bytes of `rows` packed activation rows.
@@ -59,6 +60,7 @@ int Multiply(const nm_matmul_args& args, const Kernel* kernel, char* message, si
 
 // Tables of the instruction sets, appended by AllKernels.
 KernelList PortableKernels();
+KernelList AmxIntegerTiles();
 KernelList Avx2FloatPanels();
 KernelList Avx2FloatRows();
 KernelList Avx2IntegerPanels();

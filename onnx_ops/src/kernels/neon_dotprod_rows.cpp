@@ -10,9 +10,9 @@ struct DotProducts {
 };
 
 constexpr Kernel kKernels[] = {
-    {"int8 rows, int8 activations, dot products", Isa::kDotprod, true, INT64_MAX, SupportsIntegers<NM_INT8>,
+    {"int8 rows, int8 activations, dot products", Isa::kDotprod, true, 1, INT64_MAX, SupportsIntegers<NM_INT8>,
      PackedBytes, PackRows, ScratchBytes, RunIntegers<DotProducts, Int8>},
-    {"int4 rows, int8 activations, dot products", Isa::kDotprod, true, INT64_MAX, SupportsIntegers<NM_INT4>,
+    {"int4 rows, int8 activations, dot products", Isa::kDotprod, true, 1, INT64_MAX, SupportsIntegers<NM_INT4>,
      PackedBytes, PackRows, ScratchBytes, RunIntegers<DotProducts, Int4>},
 };
 

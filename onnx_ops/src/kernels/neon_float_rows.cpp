@@ -312,15 +312,15 @@ bool Supports(const Layout& l) {
 }
 
 constexpr Kernel kKernels[] = {
-    {"float32 rows", Isa::kNeon, false, INT64_MAX, Supports<NM_FLOAT32>, PackedBytes, PackRows, ScratchBytes,
+    {"float32 rows", Isa::kNeon, false, 1, INT64_MAX, Supports<NM_FLOAT32>, PackedBytes, PackRows, ScratchBytes,
      Run<FloatOutput<Float32>>},
-    {"float16 rows", Isa::kNeon, false, INT64_MAX, Supports<NM_FLOAT16>, PackedBytes, PackRows, ScratchBytes,
+    {"float16 rows", Isa::kNeon, false, 1, INT64_MAX, Supports<NM_FLOAT16>, PackedBytes, PackRows, ScratchBytes,
      Run<FloatOutput<Float16>>},
-    {"bfloat16 rows", Isa::kNeon, false, INT64_MAX, Supports<NM_BFLOAT16>, PackedBytes, PackRows, ScratchBytes,
+    {"bfloat16 rows", Isa::kNeon, false, 1, INT64_MAX, Supports<NM_BFLOAT16>, PackedBytes, PackRows, ScratchBytes,
      Run<FloatOutput<Bfloat16>>},
-    {"int8 rows", Isa::kNeon, false, INT64_MAX, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes,
+    {"int8 rows", Isa::kNeon, false, 1, INT64_MAX, Supports<NM_INT8>, PackedBytes, PackRows, ScratchBytes,
      Run<IntegerOutput>},
-    {"int4 rows", Isa::kNeon, false, INT64_MAX, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes,
+    {"int4 rows", Isa::kNeon, false, 1, INT64_MAX, Supports<NM_INT4>, PackedBytes, PackRows, ScratchBytes,
      Run<IntegerOutput>},
 };
 

@@ -13,9 +13,9 @@ struct LongProducts {
 };
 
 constexpr Kernel kKernels[] = {
-    {"int8 rows, int8 activations", Isa::kNeon, true, INT64_MAX, SupportsIntegers<NM_INT8>, PackedBytes, PackRows,
+    {"int8 rows, int8 activations", Isa::kNeon, true, 1, INT64_MAX, SupportsIntegers<NM_INT8>, PackedBytes, PackRows,
      ScratchBytes, RunIntegers<LongProducts, Int8>},
-    {"int4 rows, int8 activations", Isa::kNeon, true, INT64_MAX, SupportsIntegers<NM_INT4>, PackedBytes, PackRows,
+    {"int4 rows, int8 activations", Isa::kNeon, true, 1, INT64_MAX, SupportsIntegers<NM_INT4>, PackedBytes, PackRows,
      ScratchBytes, RunIntegers<LongProducts, Int4>},
 };
 

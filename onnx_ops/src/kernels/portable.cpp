@@ -131,7 +131,7 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
 }
 
 constexpr Kernel kKernels[] = {
-    {"portable", Isa::kPortable, false, INT64_MAX, Supports, PackedBytes, Pack, ScratchBytes, Run},
+    {"portable", Isa::kPortable, false, 1, INT64_MAX, Supports, PackedBytes, Pack, ScratchBytes, Run},
 };
 
 }  // namespace

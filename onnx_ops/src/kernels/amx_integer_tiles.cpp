@@ -1,0 +1,129 @@
+// AMX kernels of integer weights times int8 activations.
+#include "amx_tiles.h"
+#include "avx512_integer_tiles.h"
+
+namespace nm {
+namespace {
+
+// The weights of one chunk times one or two groups of activation rows.
+class TileProduct {
+ public:
+  TileProduct(const Layout& l, int64_t rows, const void* packed, void* scratch)
+      : packed_(l, rows), steps_(BlockColumns(l) / kStep) {
+    const TileScratch plan(l, rows);
+    const uint8_t* activations = static_cast<const uint8_t*>(packed);
+    uint8_t* memory = static_cast<uint8_t*>(scratch);
+    bytes_ = activations + packed_.bytes;
+    row_scales_ = reinterpret_cast<const float*>(activations + packed_.scales);
+    weights_ = memory + plan.weights;
+    scales_ = reinterpret_cast<const float*>(memory + plan.scales);
+    sums_ = reinterpret_cast<float*>(memory + plan.sums);
+  }
+
+  // The products of a block are scaled and added while the tiles of the next are multiplied.
+  template <int groups>
+  void Multiply(int64_t first_block, int64_t last_block, int64_t group) const {
+    alignas(64) int32_t products[2][groups * kTileOutputs * kLanes];
+    for (int64_t block = first_block; block < last_block; ++block) {
+      MultiplyBlock<groups>(block, group);
+      if (block > first_block) AddProducts<groups>(block - 1, group, products[(block - 1) % 2]);
+      StoreProducts<groups>(products[block % 2]);
+    }
+    AddProducts<groups>(last_block - 1, group, products[(last_block - 1) % 2]);
+  }
+
+ private:
+  // Tiles 4 to 7: both halves of the outputs times the first group, then times the second.
+  template <int groups>
+  void MultiplyBlock(int64_t block, int64_t group) const {
+    constexpr int64_t kHalf = kChunkSteps * kStepBytes;
+    const int64_t stride = packed_.steps * kStepBytes;
+    const int64_t first = block * steps_;
+    const uint8_t* w = weights_ + first % kChunkSteps * kStepBytes;
+    const uint8_t* a = bytes_ + group * stride + first * kStepBytes;
+    const int64_t steps = Min(steps_, packed_.steps - first);
+    _tile_zero(4);
+    _tile_zero(5);
+    if (groups == 2) {
+      _tile_zero(6);
+      _tile_zero(7);
+    }
+    for (int64_t i = 0; i < steps; ++i, w += kStepBytes, a += kStepBytes) {
+      _tile_loadd(0, w, kTileRowBytes);
+      _tile_loadd(2, a, kTileRowBytes);
+      _tile_dpbssd(4, 0, 2);
+      _tile_loadd(1, w + kHalf, kTileRowBytes);
+      _tile_dpbssd(5, 1, 2);
+      if (groups == 2) {
+        _tile_loadd(3, a + stride, kTileRowBytes);
+        _tile_dpbssd(6, 0, 3);
+        _tile_dpbssd(7, 1, 3);
+      }
+    }
+  }
+
+  template <int groups>
+  static void StoreProducts(int32_t* products) {
+    _tile_stored(4, products, kTileRowBytes);
+    _tile_stored(5, products + 256, kTileRowBytes);
+    if (groups == 2) {
+      _tile_stored(6, products + 512, kTileRowBytes);
+      _tile_stored(7, products + 768, kTileRowBytes);
+    }
+  }
+
+  template <int groups>
+  void AddProducts(int64_t block, int64_t group, const int32_t* products) const {
+    const float* weight_scales = scales_ + block * kTileOutputs;
+    for (int g = 0; g < groups; ++g, products += kTileOutputs * kLanes) {
+      const __m512 row_scales = _mm512_load_ps(row_scales_ + ((group + g) * packed_.blocks + block) * kLanes);
+      float* sums = sums_ + (group + g) * kTileOutputs * kLanes;
+      for (int64_t o = 0; o < kTileOutputs; ++o) {
+        const __m512 scale = _mm512_mul_ps(row_scales, _mm512_set1_ps(weight_scales[o]));
+        const __m512 values = _mm512_cvtepi32_ps(_mm512_load_si512(products + o * kLanes));
+        _mm512_store_ps(sums + o * kLanes, _mm512_fmadd_ps(values, scale, _mm512_load_ps(sums + o * kLanes)));
+      }
+    }
+  }
+
+  const PackedTiles packed_;
+  const int64_t steps_;  // of a block
+  const uint8_t* bytes_;
+  const float* row_scales_;
+  const uint8_t* weights_;
+  const float* scales_;
+  float* sums_;
+};
+
+void Pack(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
+  PackGroup(l, a, first, count, rows, packed, 0);
+}
+
+template <template <Density> class Weights>
+void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
+         int64_t y_stride) {
+  const WholeTiles tiles;
+  const TileProduct product(l, rows, packed, scratch);
+  const auto multiply = [&](int64_t first_block, int64_t last_block, int64_t group, int64_t groups) {
+    TileFence();
+    if (groups == 2) {
+      product.Multiply<2>(first_block, last_block, group);
+    } else {
+      product.Multiply<1>(first_block, last_block, group);
+    }
+  };
+  RunTiles<Weights>(l, rows, packed, first, last, scratch, y, y_stride, multiply);
+}
+
+constexpr Kernel kKernels[] = {
+    {"int8 tiles, int8 activations", Isa::kAmx, true, 1, kAny, SupportsTiles<NM_INT8>, PackedTilesBytes, Pack,
+     TileScratchBytes, Run<Int8>},
+    {"int4 tiles, int8 activations", Isa::kAmx, true, 1, kAny, SupportsTiles<NM_INT4>, PackedTilesBytes, Pack,
+     TileScratchBytes, Run<Int4>},
+};
+
+}  // namespace
+
+KernelList AmxIntegerTiles() { return {kKernels, sizeof(kKernels) / sizeof(kKernels[0])}; }
+
+}  // namespace nm

@@ -1,0 +1,136 @@
+// Integer weights as the AVX-512 and AMX kernels unpack them: bytes q + offset, 64 columns a step, pruned columns at the
+// offset.
+#ifndef NM_KERNELS_AVX512_INTEGER_WEIGHTS_H_
+#define NM_KERNELS_AVX512_INTEGER_WEIGHTS_H_
+
+#include "avx512_rows.h"
+
+namespace nm {
+namespace {
+
+template <Density density>
+struct Int8 {
+  static constexpr Density kDensity = density;
+  static constexpr bool kUnpackFirst = false;
+  static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t step_values) {
+    return row + step * step_values;
+  }
+  // 64 columns of bytes, pruned ones at the offset; row points to the values of the whole row.
+  static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t step_values, __m512i offset) {
+    const uint8_t* v = row + step * step_values;
+    if constexpr (density == Density::kDense) return _mm512_loadu_si512(v);
+    const __mmask64 k = mask;
+    if constexpr (density == Density::kHalf) {
+      return _mm512_mask_expand_epi8(offset, k,
+                                     _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v))));
+    }
+    return _mm512_mask_expand_epi8(offset, k, _mm512_maskz_loadu_epi8(LowMask(step_values), v));
+  }
+};
+
+template <Density density>
+struct Int4 {
+  static constexpr Density kDensity = density;
+  static constexpr bool kUnpackFirst = density == Density::kGeneral;
+  static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t) {
+    return density == Density::kDense ? row + 32 * step : row + 16 * step;
+  }
+  static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t, __m512i offset) {
+    const __m256i low_bits = _mm256_set1_epi8(15);
+    if constexpr (density == Density::kDense) {
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 32 * step));
+      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, low_bits)),
+                                _mm256_and_si256(_mm256_srli_epi16(packed, 4), low_bits), 1);
+    }
+    // 32 bytes hold the values of an even step in their low halves and of the odd one after it in their high halves.
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 32 * (step / 2)));
+    const __m256i halves = step % 2 == 0 ? packed : _mm256_srli_epi16(packed, 4);
+    const __mmask64 k = mask;
+    return _mm512_mask_expand_epi8(offset, k, _mm512_castsi256_si512(_mm256_and_si256(halves, low_bits)));
+  }
+};
+
+// The stored values of an output row. Steps below `whole_steps` can be read in place; the rest, at most two of them, or
+// all of an int4 row in a general pattern, from a copy of one value a byte.
+struct IntegerValues {
+  const uint8_t* values;
+  const uint8_t* rest;
+};
+
+// Finds and loads them.
+template <class Weights, class Rest>
+struct IntegerReader {
+  const Layout& layout;
+  const __m512i offset;
+  const int64_t steps;
+  const int64_t step_values;
+  const int64_t whole_values;  // in a row; int4 values come in whole chunks
+  const int64_t whole_steps;
+
+  explicit IntegerReader(const Layout& l)
+      : layout(l),
+        offset(_mm512_set1_epi8(static_cast<char>(l.dtype == NM_INT4 ? 8 : 128))),
+        steps(Steps(l)),
+        step_values(l.dense ? kStep : kStep * l.n / l.m),
+        whole_values(Weights::kUnpackFirst  ? 0
+                     : l.dtype == NM_INT4 ? l.row_values / kInt4Chunk * kInt4Chunk
+                                          : l.row_values),
+        whole_steps(Min(whole_values / step_values, steps)) {}
+
+  // copy: IntegerCopyBytes of memory that lives as long as the row is read.
+  IntegerValues Row(int64_t output, uint8_t* copy) const {
+    const uint8_t* values = layout.values + output * layout.value_bytes;
+    if (whole_steps < steps && layout.dtype == NM_INT4) {
+      UnpackInt4Tail(layout, values, whole_values, copy);
+    } else if (whole_steps < steps) {
+      const int64_t first = whole_steps * step_values;
+      memcpy(copy, values + first, static_cast<size_t>(layout.row_values - first));
+    }
+    return {values, copy};
+  }
+
+  // 64 columns of a whole step: the number of its values is a constant where the pattern gives one.
+  __m512i LoadInPlace(const IntegerValues& row, int64_t step, uint64_t mask) const {
+    return Weights::Load(row.values, step, mask, StepValues<Weights::kDensity>(step_values), offset);
+  }
+  __m512i Load(const IntegerValues& row, int64_t step, uint64_t mask) const {
+    return step < whole_steps ? LoadInPlace(row, step, mask)
+                              : Rest::Load(row.rest, step - whole_steps, mask, step_values, offset);
+  }
+  const uint8_t* Address(const IntegerValues& row, int64_t step) const {
+    return Weights::Address(row.values, step, StepValues<Weights::kDensity>(step_values));
+  }
+};
+
+inline int64_t IntegerCopyBytes(const Layout& l) {
+  const bool rows = l.dtype == NM_INT4 && DensityOf(l) == Density::kGeneral;
+  return rows ? RoundUp(l.row_values, 64) + 256 : 256;
+}
+
+// Scale of each block of an output row, in float32.
+inline void BlockScales(const Layout& l, int64_t output, float* scales) {
+  const uint8_t* halves = l.scales + output * l.row_scales * 2;
+  const int64_t block = BlockColumns(l);
+  const int64_t blocks = (l.in_features + block - 1) / block;
+  Prefetch(halves);
+  for (int64_t b = 0; b < blocks; b += 16) {
+    __m512 values;
+    if (l.row_scales == 1) {
+      values = _mm512_set1_ps(_mm512_cvtss_f32(HalvesToFloats(halves, 1)));
+    } else if (l.scale_columns == block) {
+      values = HalvesToFloats(halves + 2 * b, blocks - b);
+    } else {
+      alignas(64) uint16_t repeated[32] = {};
+      for (int64_t i = 0; i < Min(16, blocks - b); ++i) {
+        memcpy(repeated + i, halves + 2 * ((b + i) * block / l.scale_columns), 2);
+      }
+      values = HalvesToFloats(reinterpret_cast<const uint8_t*>(repeated), 16);
+    }
+    _mm512_store_ps(scales + b, values);
+  }
+}
+
+}  // namespace
+}  // namespace nm
+
+#endif  // NM_KERNELS_AVX512_INTEGER_WEIGHTS_H_
