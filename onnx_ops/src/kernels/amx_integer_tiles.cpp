@@ -5,11 +5,11 @@
 namespace nm {
 namespace {
 
-// The weights of one chunk times one or two groups of activation rows.
+// The unpacked weights of a tile and chunk times one or two groups of activation rows.
 class TileProduct {
  public:
   TileProduct(const Layout& l, int64_t rows, const void* packed, void* scratch)
-      : packed_(l, rows), steps_(BlockColumns(l) / kStep) {
+      : packed_(l, rows), block_steps_(BlockColumns(l) / kStep), band_outputs_(BandOutputs(packed_.groups)) {
     const TileScratch plan(l, rows);
     const uint8_t* activations = static_cast<const uint8_t*>(packed);
     uint8_t* memory = static_cast<uint8_t*>(scratch);
@@ -17,31 +17,34 @@ class TileProduct {
     row_scales_ = reinterpret_cast<const float*>(activations + packed_.scales);
     weights_ = memory + plan.weights;
     scales_ = reinterpret_cast<const float*>(memory + plan.scales);
-    sums_ = reinterpret_cast<float*>(memory + plan.sums);
   }
 
   // The products of a block are scaled and added while the tiles of the next are multiplied.
   template <int groups>
-  void Multiply(int64_t first_block, int64_t last_block, int64_t group) const {
-    alignas(64) int32_t products[2][groups * kTileOutputs * kLanes];
-    for (int64_t block = first_block; block < last_block; ++block) {
-      MultiplyBlock<groups>(block, group);
-      if (block > first_block) AddProducts<groups>(block - 1, group, products[(block - 1) % 2]);
+  void Multiply(int64_t output, int64_t first_step, int64_t last_step, int64_t group, float* sums,
+                Fetcher* fetcher) const {
+    alignas(64) int32_t products[2][groups * kTileSums];
+    const int64_t first = first_step / block_steps_;
+    const int64_t last = (last_step + block_steps_ - 1) / block_steps_;
+    for (int64_t block = first; block < last; ++block) {
+      MultiplyBlock<groups>(block, group, fetcher);
+      if (block > first) AddProducts<groups>(output, block - 1, group, products[(block - 1) % 2], sums);
+      if (fetcher != nullptr) fetcher->Fetch(8);
       StoreProducts<groups>(products[block % 2]);
     }
-    AddProducts<groups>(last_block - 1, group, products[(last_block - 1) % 2]);
+    AddProducts<groups>(output, last - 1, group, products[(last - 1) % 2], sums);
   }
 
  private:
   // Tiles 4 to 7: both halves of the outputs times the first group, then times the second.
   template <int groups>
-  void MultiplyBlock(int64_t block, int64_t group) const {
+  void MultiplyBlock(int64_t block, int64_t group, Fetcher* fetcher) const {
     constexpr int64_t kHalf = kChunkSteps * kStepBytes;
     const int64_t stride = packed_.steps * kStepBytes;
-    const int64_t first = block * steps_;
+    const int64_t first = block * block_steps_;
     const uint8_t* w = weights_ + first % kChunkSteps * kStepBytes;
     const uint8_t* a = bytes_ + group * stride + first * kStepBytes;
-    const int64_t steps = Min(steps_, packed_.steps - first);
+    const int64_t steps = Min(block_steps_, packed_.steps - first);
     _tile_zero(4);
     _tile_zero(5);
     if (groups == 2) {
@@ -49,6 +52,7 @@ class TileProduct {
       _tile_zero(7);
     }
     for (int64_t i = 0; i < steps; ++i, w += kStepBytes, a += kStepBytes) {
+      if (groups == 2) PrefetchTiles(a + kStepsAhead * kStepBytes, stride);
       _tile_loadd(0, w, kTileRowBytes);
       _tile_loadd(2, a, kTileRowBytes);
       _tile_dpbssd(4, 0, 2);
@@ -59,6 +63,16 @@ class TileProduct {
         _tile_dpbssd(6, 0, 3);
         _tile_dpbssd(7, 1, 3);
       }
+      if (fetcher != nullptr) fetcher->Fetch(4);
+    }
+  }
+
+  // Activations come from the second-level cache, which a tile's load waits for line by line.
+  static void PrefetchTiles(const uint8_t* a, int64_t stride) {
+#pragma GCC unroll 16
+    for (int64_t line = 0; line < kTileBytes; line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(a + line), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(a + stride + line), _MM_HINT_T0);
     }
   }
 
@@ -73,11 +87,11 @@ class TileProduct {
   }
 
   template <int groups>
-  void AddProducts(int64_t block, int64_t group, const int32_t* products) const {
-    const float* weight_scales = scales_ + block * kTileOutputs;
-    for (int g = 0; g < groups; ++g, products += kTileOutputs * kLanes) {
+  void AddProducts(int64_t output, int64_t block, int64_t group, const int32_t* products, float* sums) const {
+    const float* weight_scales = scales_ + block * band_outputs_ + output;
+    for (int g = 0; g < groups; ++g, products += kTileSums, sums += kTileSums) {
       const __m512 row_scales = _mm512_load_ps(row_scales_ + ((group + g) * packed_.blocks + block) * kLanes);
-      float* sums = sums_ + (group + g) * kTileOutputs * kLanes;
+#pragma GCC unroll 4
       for (int64_t o = 0; o < kTileOutputs; ++o) {
         const __m512 scale = _mm512_mul_ps(row_scales, _mm512_set1_ps(weight_scales[o]));
         const __m512 values = _mm512_cvtepi32_ps(_mm512_load_si512(products + o * kLanes));
@@ -86,13 +100,15 @@ class TileProduct {
     }
   }
 
+  static constexpr int64_t kStepsAhead = 2;
+
   const PackedTiles packed_;
-  const int64_t steps_;  // of a block
+  const int64_t block_steps_;
+  const int64_t band_outputs_;
   const uint8_t* bytes_;
   const float* row_scales_;
   const uint8_t* weights_;
   const float* scales_;
-  float* sums_;
 };
 
 void Pack(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
@@ -104,22 +120,30 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
          int64_t y_stride) {
   const WholeTiles tiles;
   const TileProduct product(l, rows, packed, scratch);
-  const auto multiply = [&](int64_t first_block, int64_t last_block, int64_t group, int64_t groups) {
+  const auto multiply = [&](int64_t output, int64_t first_step, int64_t last_step, int64_t group, int64_t groups,
+                            float* sums, Fetcher* fetcher) {
     TileFence();
     if (groups == 2) {
-      product.Multiply<2>(first_block, last_block, group);
+      product.Multiply<2>(output, first_step, last_step, group, sums, fetcher);
     } else {
-      product.Multiply<1>(first_block, last_block, group);
+      product.Multiply<1>(output, first_step, last_step, group, sums, fetcher);
     }
   };
-  RunTiles<Weights>(l, rows, packed, first, last, scratch, y, y_stride, multiply);
+  uint8_t* memory = static_cast<uint8_t*>(scratch);
+  float* sums = reinterpret_cast<float*>(memory + TileScratch(l, rows).sums);
+  const PackedTiles p(l, rows);
+  const float* outliers = reinterpret_cast<const float*>(static_cast<const uint8_t*>(packed) + p.outliers);
+  WithUnpacker<Weights>(l, rows, memory, [&](auto* unpacker) {
+    const TileRun run(l, rows, p.groups * p.steps * kStepBytes, kChunkSteps, unpacker, outliers, sums, multiply);
+    run.Run(first, last, y, y_stride);
+  });
 }
 
 constexpr Kernel kKernels[] = {
-    {"int8 tiles, int8 activations", Isa::kAmx, true, 1, kAny, SupportsTiles<NM_INT8>, PackedTilesBytes, Pack,
-     TileScratchBytes, Run<Int8>},
-    {"int4 tiles, int8 activations", Isa::kAmx, true, 1, kAny, SupportsTiles<NM_INT4>, PackedTilesBytes, Pack,
-     TileScratchBytes, Run<Int4>},
+    {"int8 tiles, int8 activations", Isa::kAmx, true, kLeastTileRows, kAny, SupportsTiles<NM_INT8>, PackedTilesBytes,
+     Pack, TileScratchBytes, Run<Int8>},
+    {"int4 tiles, int8 activations", Isa::kAmx, true, kLeastTileRows, kAny, SupportsTiles<NM_INT4>, PackedTilesBytes,
+     Pack, TileScratchBytes, Run<Int4>},
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 namespace nm {
 namespace {
 
+constexpr int64_t kLeastTileRows = 5;  // with fewer, kernels for few rows are faster
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileRowBytes = 64;
 

@@ -111,8 +111,8 @@ inline void AddOutlierBlock(const Layout& l, const uint8_t* values, const uint8_
   for (int g = 0; g < groups; ++g) _mm512_store_ps(sums + g * sums_stride, _mm512_add_ps(even[g], odd[g]));
 }
 
-// Adds the outliers of output rows first … first+outputs-1 to sums[group][kTileOutputs][16]. The activations of a block
-// and of two groups stay in the first-level cache while all outputs use them.
+// Adds the outliers of output rows first … first+outputs-1 to sums[output / kTileOutputs][group][kTileOutputs][16]. The
+// activations of a block and of two groups stay in the first-level cache while all outputs use them.
 inline void AddOutlierLanes(const Layout& l, int64_t groups, const float* a, int64_t first, int64_t outputs,
                             float* sums) {
   const int64_t a_stride = OutlierGroupFloats(l);
@@ -123,10 +123,10 @@ inline void AddOutlierLanes(const Layout& l, int64_t groups, const float* a, int
     const float* block = a + group * a_stride;
     for (int64_t i = 0; i < l.row_outliers; i += l.outlier_k, block += l.outlier_block * kLanes) {
       for (int64_t o = 0; o < outputs; ++o) {
-        const int64_t at = (first + o) * l.row_outliers + i;
+        const uint8_t* positions = l.outlier_positions + (first + o) * l.row_outliers + i;
         const uint8_t* values = l.outlier_values + (first + o) * l.outlier_bytes + i * value_bytes;
-        add(l, values, l.outlier_positions + at, Min(l.outlier_k, l.row_outliers - i), block, a_stride,
-            sums + group * sums_stride + o * kLanes, sums_stride);
+        float* to = sums + (o / kTileOutputs * groups + group) * sums_stride + o % kTileOutputs * kLanes;
+        add(l, values, positions, Min(l.outlier_k, l.row_outliers - i), block, a_stride, to, sums_stride);
       }
     }
   }

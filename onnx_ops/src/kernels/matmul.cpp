@@ -10,8 +10,8 @@ namespace nm {
 namespace {
 
 constexpr int64_t kMostPieces = 64;
-constexpr int64_t kManyRows = 64;
-constexpr int64_t kWideOutputs = 128;
+constexpr int64_t kManyRows = 8;
+constexpr int64_t kWideOutputs = 256;
 constexpr int64_t kLeastPieceBytes =
     24 << 10;  // of weights times activation rows: below it threads cost more than they give
 

@@ -32,6 +32,7 @@ using __mmask32 = uint32_t;
 using __mmask64 = uint64_t;
 
 #define _MM_HINT_T0 3
+#define _MM_HINT_T1 2
 
 namespace nm_emulated {
 

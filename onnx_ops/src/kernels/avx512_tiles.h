@@ -1,0 +1,146 @@
+// The course of a product of many activation rows: weights are unpacked once for all of them, 32 outputs and a chunk of
+// columns at a time, and multiplied by sixteen rows in the lanes. What is unpacked, and how it is multiplied, is the
+// kernels'.
+#ifndef NM_KERNELS_AVX512_TILES_H_
+#define NM_KERNELS_AVX512_TILES_H_
+
+#include "avx512_lanes.h"
+#include "avx512_rows.h"
+
+namespace nm {
+namespace {
+
+constexpr int64_t kTileSums = kTileOutputs * kLanes;
+constexpr int64_t kMostBandOutputs = 256;
+// Packed activations that stay in the second-level cache: each tile of outputs then takes all columns, and its weights
+// are one stream. Of more, a chunk of columns stays, and the outputs of a band take turns with it.
+constexpr int64_t kNearActivationBytes = 1 << 20;
+constexpr int64_t kMostTileColumns = 1 << 20;
+
+// Outputs whose sums are kept.
+inline int64_t BandOutputs(int64_t groups) { return groups <= 32 ? kMostBandOutputs : kMostBandOutputs / 2; }
+inline int64_t BandSumsBytes(int64_t groups) { return BandOutputs(groups) / kTileOutputs * groups * kTileSums * 4; }
+
+// Fetches bytes into the second-level cache, a few lines at a time between the arithmetic on others, so that memory
+// never waits.
+class Fetcher {
+ public:
+  // Rows first … last-1 of a weight, in `turns` turns.
+  Fetcher(const Layout& l, int64_t first, int64_t last, int64_t turns) {
+    const int64_t outputs = last > first ? last - first : 0;
+    const uint8_t* const tensors[kRanges] = {l.values, l.positions, l.outlier_values, l.outlier_positions};
+    const int64_t row_bytes[kRanges] = {l.value_bytes, l.position_bytes, l.outlier_bytes, l.row_outliers};
+    int64_t bytes = 0;
+    for (int i = 0; i < kRanges; ++i) {
+      ranges_[i] = {tensors[i] + first * row_bytes[i], outputs * row_bytes[i]};
+      bytes += ranges_[i].bytes;
+    }
+    lines_ = bytes / (turns * 64) + 1;
+  }
+
+  void Fetch(int64_t turns) {
+    for (int64_t lines = turns * lines_; lines > 0 && at_ < kRanges;) {
+      Range& range = ranges_[at_];
+      for (; lines > 0 && range.bytes > 0; --lines, range.p += 64, range.bytes -= 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(range.p), _MM_HINT_T1);
+      }
+      if (range.bytes <= 0) ++at_;
+    }
+  }
+
+ private:
+  struct Range {
+    const uint8_t* p;
+    int64_t bytes;
+  };
+  static constexpr int kRanges = 4;
+  Range ranges_[kRanges];
+  int64_t lines_;
+  int at_ = 0;
+};
+
+// Of a tile and chunk: one for each output, the rest between the multiplications of the first rows.
+constexpr int64_t kFetchTurns = 96;
+
+// Kernel::run. Unpacker: SetOutputs(first, count) chooses a band, Unpack(first, count, first_step, last_step) unpacks
+// 32 of it, or fewer at its end; what it needs next is fetched by it or, where there is a fetcher, by that. multiply(first, first_step, last_step, group, groups, sums, fetcher) adds to the sums
+// of one group of rows, or of two.
+template <class Unpacker, class Multiply>
+class TileRun {
+ public:
+  TileRun(const Layout& l, int64_t rows, int64_t activation_bytes, int64_t chunk_steps, Unpacker* unpacker,
+          const float* outliers, float* sums, const Multiply& multiply)
+      : layout_(l),
+        rows_(rows),
+        groups_(LaneGroups(rows)),
+        steps_(Steps(l)),
+        by_columns_(activation_bytes > kNearActivationBytes),
+        chunk_steps_(chunk_steps),
+        unpacker_(unpacker),
+        outliers_(outliers),
+        sums_(sums),
+        multiply_(multiply) {}
+
+  void Run(int64_t first, int64_t last, float* y, int64_t y_stride) const {
+    for (int64_t end; first < last; y += end - first, first = end) {
+      end = Min(first + BandOutputs(groups_), last);
+      const int64_t count = end - first;
+      unpacker_->SetOutputs(first, count);
+      memset(sums_, 0, static_cast<size_t>(RoundUp(count, kTileOutputs) * groups_ * kLanes) * sizeof(float));
+      if (by_columns_) {
+        MultiplyByColumns(count);
+      } else {
+        MultiplyByOutputs(first, count, last);
+      }
+      if (layout_.row_outliers > 0) AddOutlierLanes(layout_, groups_, outliers_, first, count, sums_);
+      for (int64_t o = 0; o < count; o += kTileOutputs) {
+        for (int64_t group = 0; group < groups_; ++group) {
+          StoreLanes(SumsAt(o, group), rows_ - group * kLanes, Min(kTileOutputs, count - o),
+                     y + o + group * kLanes * y_stride, y_stride);
+        }
+      }
+    }
+  }
+
+ private:
+  float* SumsAt(int64_t o, int64_t group) const { return sums_ + (o / kTileOutputs * groups_ + group) * kTileSums; }
+  int64_t Chunks() const { return (steps_ + chunk_steps_ - 1) / chunk_steps_; }
+
+  void MultiplyByOutputs(int64_t first, int64_t count, int64_t last) const {
+    for (int64_t o = 0; o < count; o += kTileOutputs) {
+      const int64_t next = first + o + kTileOutputs;
+      Fetcher fetcher(layout_, next, Min(next + kTileOutputs, last), Chunks() * kFetchTurns);
+      for (int64_t step = 0; step < steps_; step += chunk_steps_) MultiplyChunk(o, count, step, &fetcher);
+    }
+  }
+
+  void MultiplyByColumns(int64_t count) const {
+    for (int64_t step = 0; step < steps_; step += chunk_steps_) {
+      for (int64_t o = 0; o < count; o += kTileOutputs) MultiplyChunk(o, count, step, nullptr);
+    }
+  }
+
+  void MultiplyChunk(int64_t o, int64_t count, int64_t step, Fetcher* fetcher) const {
+    const int64_t last_step = Min(step + chunk_steps_, steps_);
+    unpacker_->Unpack(o, Min(kTileOutputs, count - o), step, last_step, fetcher);
+    for (int64_t group = 0; group < groups_; group += 2) {
+      multiply_(o, step, last_step, group, Min(2, groups_ - group), SumsAt(o, group), fetcher);
+    }
+  }
+
+  const Layout& layout_;
+  const int64_t rows_;
+  const int64_t groups_;
+  const int64_t steps_;
+  const bool by_columns_;
+  const int64_t chunk_steps_;
+  Unpacker* const unpacker_;
+  const float* const outliers_;
+  float* const sums_;
+  const Multiply& multiply_;
+};
+
+}  // namespace
+}  // namespace nm
+
+#endif  // NM_KERNELS_AVX512_TILES_H_
