@@ -21,29 +21,27 @@ class TileProduct {
 
   // The products of a block are scaled and added while the tiles of the next are multiplied.
   template <int groups>
-  void Multiply(int64_t output, int64_t first_step, int64_t last_step, int64_t group, float* sums,
-                Fetcher* fetcher) const {
+  void Multiply(const Chunk& chunk, float* sums, Fetcher* fetcher) const {
     alignas(64) int32_t products[2][groups * kTileSums];
-    const int64_t first = first_step / block_steps_;
-    const int64_t last = (last_step + block_steps_ - 1) / block_steps_;
+    const int64_t first = chunk.first_step / block_steps_;
+    const int64_t last = (chunk.last_step + block_steps_ - 1) / block_steps_;
     for (int64_t block = first; block < last; ++block) {
-      MultiplyBlock<groups>(block, group, fetcher);
-      if (block > first) AddProducts<groups>(output, block - 1, group, products[(block - 1) % 2], sums);
+      MultiplyBlock<groups>(chunk, block, fetcher);
+      if (block > first) AddProducts<groups>(chunk, block - 1, products[(block - 1) % 2], sums);
       if (fetcher != nullptr) fetcher->Fetch(8);
       StoreProducts<groups>(products[block % 2]);
     }
-    AddProducts<groups>(output, last - 1, group, products[(last - 1) % 2], sums);
+    AddProducts<groups>(chunk, last - 1, products[(last - 1) % 2], sums);
   }
 
  private:
   // Tiles 4 to 7: both halves of the outputs times the first group, then times the second.
   template <int groups>
-  void MultiplyBlock(int64_t block, int64_t group, Fetcher* fetcher) const {
-    constexpr int64_t kHalf = kChunkSteps * kStepBytes;
+  void MultiplyBlock(const Chunk& chunk, int64_t block, Fetcher* fetcher) const {
     const int64_t stride = packed_.steps * kStepBytes;
     const int64_t first = block * block_steps_;
-    const uint8_t* w = weights_ + first % kChunkSteps * kStepBytes;
-    const uint8_t* a = bytes_ + group * stride + first * kStepBytes;
+    const uint8_t* w = weights_ + (first - chunk.first_step) * kStepBytes;
+    const uint8_t* a = bytes_ + chunk.group * stride + first * kStepBytes;
     const int64_t steps = Min(block_steps_, packed_.steps - first);
     _tile_zero(4);
     _tile_zero(5);
@@ -56,7 +54,7 @@ class TileProduct {
       _tile_loadd(0, w, kTileRowBytes);
       _tile_loadd(2, a, kTileRowBytes);
       _tile_dpbssd(4, 0, 2);
-      _tile_loadd(1, w + kHalf, kTileRowBytes);
+      _tile_loadd(1, w + kHalfBytes, kTileRowBytes);
       _tile_dpbssd(5, 1, 2);
       if (groups == 2) {
         _tile_loadd(3, a + stride, kTileRowBytes);
@@ -87,10 +85,10 @@ class TileProduct {
   }
 
   template <int groups>
-  void AddProducts(int64_t output, int64_t block, int64_t group, const int32_t* products, float* sums) const {
-    const float* weight_scales = scales_ + block * band_outputs_ + output;
+  void AddProducts(const Chunk& chunk, int64_t block, const int32_t* products, float* sums) const {
+    const float* weight_scales = scales_ + block * band_outputs_ + chunk.output;
     for (int g = 0; g < groups; ++g, products += kTileSums, sums += kTileSums) {
-      const __m512 row_scales = _mm512_load_ps(row_scales_ + ((group + g) * packed_.blocks + block) * kLanes);
+      const __m512 row_scales = _mm512_load_ps(row_scales_ + ((chunk.group + g) * packed_.blocks + block) * kLanes);
 #pragma GCC unroll 4
       for (int64_t o = 0; o < kTileOutputs; ++o) {
         const __m512 scale = _mm512_mul_ps(row_scales, _mm512_set1_ps(weight_scales[o]));
@@ -100,6 +98,7 @@ class TileProduct {
     }
   }
 
+  static constexpr int64_t kHalfBytes = kChunkSteps * kStepBytes;  // of 16 outputs
   static constexpr int64_t kStepsAhead = 2;
 
   const PackedTiles packed_;
@@ -120,13 +119,12 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
          int64_t y_stride) {
   const WholeTiles tiles;
   const TileProduct product(l, rows, packed, scratch);
-  const auto multiply = [&](int64_t output, int64_t first_step, int64_t last_step, int64_t group, int64_t groups,
-                            float* sums, Fetcher* fetcher) {
+  const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
     TileFence();
     if (groups == 2) {
-      product.Multiply<2>(output, first_step, last_step, group, sums, fetcher);
+      product.Multiply<2>(chunk, sums, fetcher);
     } else {
-      product.Multiply<1>(output, first_step, last_step, group, sums, fetcher);
+      product.Multiply<1>(chunk, sums, fetcher);
     }
   };
   uint8_t* memory = static_cast<uint8_t*>(scratch);
@@ -134,7 +132,7 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   const PackedTiles p(l, rows);
   const float* outliers = reinterpret_cast<const float*>(static_cast<const uint8_t*>(packed) + p.outliers);
   WithUnpacker<Weights>(l, rows, memory, [&](auto* unpacker) {
-    const TileRun run(l, rows, p.groups * p.steps * kStepBytes, kChunkSteps, unpacker, outliers, sums, multiply);
+    const TileRun run(l, rows, p.ActivationBytes(), kChunkSteps, unpacker, outliers, sums, multiply);
     run.Run(first, last, y, y_stride);
   });
 }

@@ -33,6 +33,7 @@ struct PackedTiles {
     outliers = parts.Take(groups * OutlierGroupFloats(l) * 4);
     total = parts.total();
   }
+  int64_t ActivationBytes() const { return groups * steps * kStepBytes; }
 };
 
 inline size_t PackedTilesBytes(const Layout& l, int64_t rows) { return PackedTiles(l, rows).total; }
@@ -108,31 +109,32 @@ class IntegerUnpacker {
         mask_reader_(l),
         reader_(l) {}
 
-  void SetOutputs(int64_t first, int64_t count) {
-    count_ = count;
+  void SetOutputs(int64_t band, int64_t begin, int64_t end) {
+    end_ = end;
     float* row_scales = reinterpret_cast<float*>(scratch_ + plan_.row_scales);
     float* scales = reinterpret_cast<float*>(scratch_ + plan_.scales);
     const int64_t block = BlockColumns(layout_);
     const int64_t blocks = (layout_.in_features + block - 1) / block;
-    for (int64_t i = 0; i < count; ++i) {
-      values_[i] = reader_.Row(first + i, scratch_ + plan_.copies + i * plan_.copy_bytes);
-      masks_[i] = MasksOf<Masks>(mask_reader_, first + i, scratch_ + plan_.masks + i * plan_.mask_bytes);
-      BlockScales(layout_, first + i, row_scales);
+    for (int64_t i = begin; i < end; ++i) {
+      values_[i] = reader_.Row(band + i, scratch_ + plan_.copies + i * plan_.copy_bytes);
+      masks_[i] = MasksOf<Masks>(mask_reader_, band + i, scratch_ + plan_.masks + i * plan_.mask_bytes);
+      BlockScales(layout_, band + i, row_scales);
       for (int64_t b = 0; b < blocks; ++b) scales[b * band_outputs_ + i] = row_scales[b];
     }
   }
 
-  void Unpack(int64_t first, int64_t count, int64_t first_step, int64_t last_step, Fetcher* fetcher) const {
+  void Unpack(int64_t begin, int64_t end, int64_t first_step, int64_t last_step, Fetcher* fetcher) const {
     const int64_t plain_steps = Min(Min(reader_.whole_steps, reader_.steps - 1), last_step);
-    for (int64_t i = 0; i < count; ++i) {
-      const IntegerValues& row = values_[first + i];
-      const Masks& masks = masks_[first + i];
+    for (int64_t i = begin; i < end; ++i) {
+      const IntegerValues& row = values_[i];
+      const Masks& masks = masks_[i];
       if (fetcher != nullptr) {
         fetcher->Fetch(1);
       } else {
-        FetchAhead(first + i + kTileOutputs, first_step, last_step);
+        FetchAhead(i + kTileOutputs, first_step, last_step);
       }
-      uint8_t* to = scratch_ + plan_.weights + i / kLanes * kChunkSteps * kStepBytes + i % kLanes * kStep;
+      const int64_t at = i - begin;
+      uint8_t* to = scratch_ + plan_.weights + at / kLanes * kChunkSteps * kStepBytes + at % kLanes * kStep;
       int64_t step = first_step;
       for (; step < plain_steps; ++step, to += kStepBytes) {
         const __m512i w = reader_.LoadInPlace(row, step, masks.PlainStep(step));
@@ -148,11 +150,11 @@ class IntegerUnpacker {
   // The same columns of an output, or behind the band's last one the next columns of its first ones.
   void FetchAhead(int64_t output, int64_t first_step, int64_t last_step) const {
     const int64_t steps = last_step - first_step;
-    if (output >= count_) {
-      output -= count_;
+    if (output >= end_) {
+      output -= end_;
       first_step = last_step;
     }
-    if (output >= count_) return;
+    if (output >= end_) return;
     const IntegerValues& row = values_[output];
     FetchRange(reader_.Address(row, first_step), reader_.Address(row, first_step + steps));
     FetchRange(masks_[output].Address(first_step), masks_[output].Address(first_step + steps));
@@ -167,7 +169,7 @@ class IntegerUnpacker {
   uint8_t* const scratch_;
   const MaskReader mask_reader_;
   const IntegerReader<Weights, Rest> reader_;
-  int64_t count_ = 0;
+  int64_t end_ = 0;
   IntegerValues values_[kMostBandOutputs];
   Masks masks_[kMostBandOutputs];
 };

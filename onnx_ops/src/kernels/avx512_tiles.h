@@ -28,8 +28,9 @@ class Fetcher {
   // Rows first … last-1 of a weight, in `turns` turns.
   Fetcher(const Layout& l, int64_t first, int64_t last, int64_t turns) {
     const int64_t outputs = last > first ? last - first : 0;
-    const uint8_t* const tensors[kRanges] = {l.values, l.positions, l.outlier_values, l.outlier_positions};
-    const int64_t row_bytes[kRanges] = {l.value_bytes, l.position_bytes, l.outlier_bytes, l.row_outliers};
+    const uint8_t* const tensors[kRanges] = {l.scales, l.values, l.positions, l.outlier_values, l.outlier_positions};
+    const int64_t row_bytes[kRanges] = {2 * l.row_scales, l.value_bytes, l.position_bytes, l.outlier_bytes,
+                                        l.row_outliers};
     int64_t bytes = 0;
     for (int i = 0; i < kRanges; ++i) {
       ranges_[i] = {tensors[i] + first * row_bytes[i], outputs * row_bytes[i]};
@@ -53,18 +54,25 @@ class Fetcher {
     const uint8_t* p;
     int64_t bytes;
   };
-  static constexpr int kRanges = 4;
+  static constexpr int kRanges = 5;
   Range ranges_[kRanges];
   int64_t lines_;
   int at_ = 0;
 };
 
-// Of a tile and chunk: one for each output, the rest between the multiplications of the first rows.
-constexpr int64_t kFetchTurns = 96;
+constexpr int64_t kFetchTurns = 96;  // of a chunk: one for each output, the rest between the first rows' products
 
-// Kernel::run. Unpacker: SetOutputs(first, count) chooses a band, Unpack(first, count, first_step, last_step) unpacks
-// 32 of it, or fewer at its end; what it needs next is fetched by it or, where there is a fetcher, by that. multiply(first, first_step, last_step, group, groups, sums, fetcher) adds to the sums
-// of one group of rows, or of two.
+// What is multiplied at a time: the columns that are unpacked.
+struct Chunk {
+  int64_t output;  // the first of 32, in the band
+  int64_t first_step;
+  int64_t last_step;
+  int64_t group;  // of activation rows, the first of one or two
+};
+
+// Kernel::run. Unpacker: SetOutputs(band, begin, end) tells which outputs of a band come next, Unpack(begin, end,
+// first_step, last_step, fetcher) unpacks a tile of them; where there is no fetcher, the outputs of a band take turns
+// and it fetches what comes next. multiply(chunk, groups, sums, fetcher) adds to the sums of one group of rows or two.
 template <class Unpacker, class Multiply>
 class TileRun {
  public:
@@ -85,10 +93,9 @@ class TileRun {
     for (int64_t end; first < last; y += end - first, first = end) {
       end = Min(first + BandOutputs(groups_), last);
       const int64_t count = end - first;
-      unpacker_->SetOutputs(first, count);
       memset(sums_, 0, static_cast<size_t>(RoundUp(count, kTileOutputs) * groups_ * kLanes) * sizeof(float));
       if (by_columns_) {
-        MultiplyByColumns(count);
+        MultiplyByColumns(first, count);
       } else {
         MultiplyByOutputs(first, count, last);
       }
@@ -110,11 +117,13 @@ class TileRun {
     for (int64_t o = 0; o < count; o += kTileOutputs) {
       const int64_t next = first + o + kTileOutputs;
       Fetcher fetcher(layout_, next, Min(next + kTileOutputs, last), Chunks() * kFetchTurns);
+      unpacker_->SetOutputs(first, o, Min(o + kTileOutputs, count));
       for (int64_t step = 0; step < steps_; step += chunk_steps_) MultiplyChunk(o, count, step, &fetcher);
     }
   }
 
-  void MultiplyByColumns(int64_t count) const {
+  void MultiplyByColumns(int64_t first, int64_t count) const {
+    unpacker_->SetOutputs(first, 0, count);
     for (int64_t step = 0; step < steps_; step += chunk_steps_) {
       for (int64_t o = 0; o < count; o += kTileOutputs) MultiplyChunk(o, count, step, nullptr);
     }
@@ -122,9 +131,9 @@ class TileRun {
 
   void MultiplyChunk(int64_t o, int64_t count, int64_t step, Fetcher* fetcher) const {
     const int64_t last_step = Min(step + chunk_steps_, steps_);
-    unpacker_->Unpack(o, Min(kTileOutputs, count - o), step, last_step, fetcher);
+    unpacker_->Unpack(o, Min(o + kTileOutputs, count), step, last_step, fetcher);
     for (int64_t group = 0; group < groups_; group += 2) {
-      multiply_(o, step, last_step, group, Min(2, groups_ - group), SumsAt(o, group), fetcher);
+      multiply_({o, step, last_step, group}, Min(2, groups_ - group), SumsAt(o, group), fetcher);
     }
   }
 
