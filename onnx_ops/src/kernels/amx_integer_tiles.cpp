@@ -8,15 +8,13 @@ namespace {
 // The unpacked weights of a tile and chunk times one or two groups of activation rows.
 class TileProduct {
  public:
-  TileProduct(const Layout& l, int64_t rows, const void* packed, void* scratch)
-      : packed_(l, rows), block_steps_(BlockColumns(l) / kStep), band_outputs_(BandOutputs(packed_.groups)) {
-    const TileScratch plan(l, rows);
-    const uint8_t* activations = static_cast<const uint8_t*>(packed);
-    uint8_t* memory = static_cast<uint8_t*>(scratch);
+  TileProduct(const Layout& l, const PackedTiles& packed, const TileScratch& plan, const uint8_t* activations,
+              const uint8_t* scratch)
+      : packed_(packed), block_steps_(BlockColumns(l) / kStep), band_outputs_(plan.band_outputs) {
     bytes_ = activations + packed_.bytes;
     row_scales_ = reinterpret_cast<const float*>(activations + packed_.scales);
-    weights_ = memory + plan.weights;
-    scales_ = reinterpret_cast<const float*>(memory + plan.scales);
+    weights_ = scratch + plan.weights;
+    scales_ = reinterpret_cast<const float*>(scratch + plan.scales);
   }
 
   // The products of a block are scaled and added while the tiles of the next are multiplied.
@@ -101,7 +99,7 @@ class TileProduct {
   static constexpr int64_t kHalfBytes = kChunkSteps * kStepBytes;  // of 16 outputs
   static constexpr int64_t kStepsAhead = 2;
 
-  const PackedTiles packed_;
+  const PackedTiles& packed_;
   const int64_t block_steps_;
   const int64_t band_outputs_;
   const uint8_t* bytes_;
@@ -118,7 +116,11 @@ template <template <Density> class Weights>
 void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
          int64_t y_stride) {
   const WholeTiles tiles;
-  const TileProduct product(l, rows, packed, scratch);
+  const PackedTiles p(l, rows);
+  const TileScratch plan = IntegerTileScratch(l, rows);
+  const uint8_t* activations = static_cast<const uint8_t*>(packed);
+  uint8_t* memory = static_cast<uint8_t*>(scratch);
+  const TileProduct product(l, p, plan, activations, memory);
   const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
     TileFence();
     if (groups == 2) {
@@ -127,11 +129,9 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
       product.Multiply<1>(chunk, sums, fetcher);
     }
   };
-  uint8_t* memory = static_cast<uint8_t*>(scratch);
-  float* sums = reinterpret_cast<float*>(memory + TileScratch(l, rows).sums);
-  const PackedTiles p(l, rows);
-  const float* outliers = reinterpret_cast<const float*>(static_cast<const uint8_t*>(packed) + p.outliers);
-  WithUnpacker<Weights>(l, rows, memory, [&](auto* unpacker) {
+  float* sums = reinterpret_cast<float*>(memory + plan.sums);
+  const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
+  WithIntegerUnpacker<SignedBytes, Weights>(l, plan, memory, [&](auto* unpacker) {
     const TileRun run(l, rows, p.ActivationBytes(), kChunkSteps, unpacker, outliers, sums, multiply);
     run.Run(first, last, y, y_stride);
   });
@@ -139,9 +139,9 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
 
 constexpr Kernel kKernels[] = {
     {"int8 tiles, int8 activations", Isa::kAmx, true, kLeastTileRows, kAny, SupportsTiles<NM_INT8>, PackedTilesBytes,
-     Pack, TileScratchBytes, Run<Int8>},
+     Pack, IntegerTileScratchBytes, Run<Int8>},
     {"int4 tiles, int8 activations", Isa::kAmx, true, kLeastTileRows, kAny, SupportsTiles<NM_INT4>, PackedTilesBytes,
-     Pack, TileScratchBytes, Run<Int4>},
+     Pack, IntegerTileScratchBytes, Run<Int4>},
 };
 
 }  // namespace

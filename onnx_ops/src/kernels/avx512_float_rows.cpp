@@ -1,5 +1,5 @@
 // AVX-512 kernels of floating-point weights for few activation rows.
-#include "avx512_rows.h"
+#include "avx512_float_weights.h"
 #include "kernels.h"
 
 namespace nm {
@@ -13,38 +13,13 @@ struct Float32 {
   static void Step(const uint8_t* v, uint64_t mask, int64_t values, const float* a, int64_t a_stride,
                    __m512 (&sums)[R][kAccumulators]) {
     for (int i = 0; i < 4; ++i) {
-      __m512 w;
-      if constexpr (density == Density::kDense) {
-        w = _mm512_loadu_ps(v + 64 * i);
-      } else {
-        const __mmask16 k = static_cast<__mmask16>(mask >> (16 * i));
-        if constexpr (density == Density::kHalf) {
-          w = ExpandFloats(k, _mm512_castps256_ps512(_mm256_loadu_ps(reinterpret_cast<const float*>(v + 32 * i))));
-        } else {
-          // 16 columns of a 32-wide group keep any number of values: count them, but stay inside the step.
-          const int64_t count = Min(_mm_popcnt_u32(k), values);
-          w = ExpandFloats(k, _mm512_maskz_loadu_ps(static_cast<__mmask16>(LowMask(count)), v));
-          v += 4 * count;
-          values -= count;
-        }
-      }
+      const __m512 w = ExpandNext<density>(&v, mask >> (16 * i), &values);
       for (int r = 0; r < R; ++r) {
         sums[r][i] = _mm512_fmadd_ps(w, _mm512_load_ps(a + r * a_stride + 16 * i), sums[r][i]);
       }
     }
   }
 };
-
-// 32 columns of 16-bit values from the values of half a step.
-template <Density density>
-__m512i Expand16(const uint8_t* v, uint64_t mask, int64_t values) {
-  if constexpr (density == Density::kDense) return _mm512_loadu_si512(v);
-  const __mmask32 k = static_cast<__mmask32>(mask);
-  if constexpr (density == Density::kHalf) {
-    return ExpandWords(k, _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v))));
-  }
-  return ExpandWords(k, _mm512_maskz_loadu_epi16(static_cast<__mmask32>(LowMask(values)), v));
-}
 
 struct Float16 {
   static constexpr int kBytes = 2;

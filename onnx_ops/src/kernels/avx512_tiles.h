@@ -19,7 +19,6 @@ constexpr int64_t kMostTileColumns = 1 << 20;
 
 // Outputs whose sums are kept.
 inline int64_t BandOutputs(int64_t groups) { return groups <= 32 ? kMostBandOutputs : kMostBandOutputs / 2; }
-inline int64_t BandSumsBytes(int64_t groups) { return BandOutputs(groups) / kTileOutputs * groups * kTileSums * 4; }
 
 // Fetches bytes into the second-level cache, a few lines at a time between the arithmetic on others, so that memory
 // never waits.

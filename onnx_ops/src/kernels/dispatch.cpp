@@ -32,6 +32,7 @@ struct Registry {
   Registry() {
 #if defined(NM_HAVE_AMX_KERNELS) || defined(NM_EMULATE_AVX512)
     Append(AmxIntegerTiles());
+    Append(AmxFloatTiles());
 #endif
 #if defined(NM_HAVE_X86_KERNELS) || defined(NM_EMULATE_AVX512)
     Append(Avx512IntegerRows());

@@ -60,6 +60,7 @@ int Multiply(const nm_matmul_args& args, const Kernel* kernel, char* message, si
 
 // Tables of the instruction sets, appended by AllKernels.
 KernelList PortableKernels();
+KernelList AmxFloatTiles();
 KernelList AmxIntegerTiles();
 KernelList Avx2FloatPanels();
 KernelList Avx2FloatRows();
