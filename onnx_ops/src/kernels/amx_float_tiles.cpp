@@ -1,7 +1,7 @@
-// AMX kernels in float32 arithmetic, of bfloat16 products. A float32 is the sum of three bfloat16 terms, each the rest of
-// those before it rounded to the nearest; a float16 is the sum of two, a bfloat16 or an int8 is one. Products of two
-// terms are exact and summed in float32. Of the products of all terms those are left out that are below 2⁻²⁴ of the
-// whole, less than float32 itself would lose.
+// AMX kernels in float32 arithmetic, of bfloat16 products. A float32 becomes the sum of two bfloat16 terms, the second
+// the rest of the first, each rounded to the nearest: what is left is below 2⁻¹⁸ of it. A float16 is two terms exactly,
+// a bfloat16 or an int8 one. Products of terms are exact and summed in float32; every product of a weight and an
+// activation is within 2⁻¹⁷ of the whole, inside the operator's bound of 1e-5, and the errors are as often up as down.
 #include "amx_tiles.h"
 #include "avx512_float_weights.h"
 #include "avx512_integer_tiles.h"
@@ -9,12 +9,12 @@
 namespace nm {
 namespace {
 
-constexpr int kActivationTerms = 3;
-constexpr int64_t kFloatChunkSteps = 4;
+constexpr int kActivationTerms = 2;
+constexpr int64_t kFloatChunkSteps = 16;
 constexpr int64_t kPairBytes = 2 * kTileBytes;  // 64 columns of one term of 16 rows or outputs: two tiles
 
 template <int dtype>
-constexpr int kTerms = dtype == NM_FLOAT32 ? 3 : dtype == NM_FLOAT16 ? 2 : 1;
+constexpr int kTerms = dtype == NM_FLOAT32 || dtype == NM_FLOAT16 ? 2 : 1;
 
 // Float32 of a vector's halves as bfloat16, to the nearest, and back.
 inline __m512i ToBfloat16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
@@ -42,10 +42,10 @@ void SplitFloats(__m512 low, __m512 high, const StoreTerm& store) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Activations: bfloat16[group][step][half step][term][column / 2][row][2].
+// Activations: bfloat16[step][half step][group][term][column / 2][row][2].
 
 struct PackedTerms {
-  static constexpr int64_t kBytes = kActivationTerms * kPairBytes;  // of a step of a group
+  static constexpr int64_t kBytes = kActivationTerms * kTileBytes;  // of half a step of a group
   int64_t steps;
   int64_t groups;
   size_t terms;
@@ -60,7 +60,7 @@ struct PackedTerms {
     outliers = parts.Take(groups * OutlierGroupFloats(l) * 4);
     total = parts.total();
   }
-  int64_t ActivationBytes() const { return groups * steps * kBytes; }
+  int64_t ActivationBytes() const { return 2 * steps * groups * kBytes; }
 };
 
 size_t PackedTermsBytes(const Layout& l, int64_t rows) { return PackedTerms(l, rows).total; }
@@ -71,8 +71,8 @@ void Pack(const Layout& l, const float* a, int64_t first, int64_t count, int64_t
   const int64_t group = first / kLanes;
   const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                             _mm512_set1_epi32(static_cast<int>(kLanes)));
-  uint8_t* to = base + p.terms + group * p.steps * PackedTerms::kBytes;
-  for (int64_t column = 0; column < p.steps * kStep; column += 32, to += kActivationTerms * kTileBytes) {
+  uint8_t* to = base + p.terms + group * PackedTerms::kBytes;
+  for (int64_t column = 0; column < p.steps * kStep; column += 32, to += p.groups * PackedTerms::kBytes) {
     const int64_t left = l.in_features > column ? l.in_features - column : 0;
     const __mmask16 inside = FirstLanes(left), inside_next = FirstLanes(left > 16 ? left - 16 : 0);
     for (int64_t row = 0; row < kLanes; ++row) {
@@ -160,7 +160,6 @@ struct IntegerTerms {
 
   explicit IntegerTerms(const Layout& l) : reader(l) {}
   Row Open(int64_t output, uint8_t* copy) const { return reader.Row(output, copy); }
-  const uint8_t* Address(const Row& row, int64_t step) const { return reader.Address(row, step); }
   int64_t WholeSteps() const { return reader.whole_steps; }
   void StoreInPlace(const Row& row, int64_t step, uint64_t mask, uint8_t* to) const {
     StoreStep(reader.LoadInPlace(row, step, mask), to);
@@ -184,12 +183,13 @@ struct IntegerTerms {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The unpacked weights of a tile and chunk, in `terms` terms, times one or two groups of activation rows.
-template <int terms>
+// The unpacked weights of a tile and chunk, in `terms` terms, times one or two groups of activation rows. Unless
+// all_products, those of second terms are left out: together with one rounding they are within the bound.
+template <int terms, bool all_products>
 class TermProduct {
  public:
   TermProduct(const PackedTerms& packed, const TileScratch& plan, const uint8_t* activations, const uint8_t* scratch)
-      : group_bytes_(packed.steps * PackedTerms::kBytes),
+      : half_step_bytes_(packed.groups * PackedTerms::kBytes),
         steps_(packed.steps),
         band_outputs_(plan.band_outputs),
         activations_(activations + packed.terms),
@@ -248,29 +248,29 @@ class TermProduct {
   void MultiplySteps(const Chunk& chunk, int64_t first_step, int64_t last_step, Fetcher* fetcher) const {
     constexpr int64_t kOtherHalf = kFloatChunkSteps * terms * kPairBytes;
     const uint8_t* w = weights_ + (first_step - chunk.first_step) * terms * kPairBytes;
-    const uint8_t* a = activations_ + chunk.group * group_bytes_ + first_step * PackedTerms::kBytes;
-    for (int64_t i = 2 * first_step; i < 2 * last_step; ++i, w += terms * kTileBytes) {
+    const uint8_t* a = activations_ + 2 * first_step * half_step_bytes_ + chunk.group * PackedTerms::kBytes;
+    for (int64_t i = 2 * first_step; i < 2 * last_step; ++i, w += terms * kTileBytes, a += half_step_bytes_) {
       const uint8_t* weight = w;
       for (int term = 0; term < terms; ++term, weight += kTileBytes) {
         _tile_loadd(0, weight, kTileRowBytes);
         _tile_loadd(1, weight + kOtherHalf, kTileRowBytes);
-        for (int other = 0; other + term < kActivationTerms; ++other) {
+        for (int other = 0; other < kActivationTerms; ++other) {
+          if (!all_products && term + other == 2) break;
           _tile_loadd(2, a + other * kTileBytes, kTileRowBytes);
           _tile_dpbf16ps(4, 0, 2);
           _tile_dpbf16ps(5, 1, 2);
           if (groups == 2) {
-            _tile_loadd(3, a + group_bytes_ + other * kTileBytes, kTileRowBytes);
+            _tile_loadd(3, a + PackedTerms::kBytes + other * kTileBytes, kTileRowBytes);
             _tile_dpbf16ps(6, 0, 3);
             _tile_dpbf16ps(7, 1, 3);
           }
         }
       }
-      a += kActivationTerms * kTileBytes;
       if (fetcher != nullptr) fetcher->Fetch(8);
     }
   }
 
-  const int64_t group_bytes_;
+  const int64_t half_step_bytes_;
   const int64_t steps_;
   const int64_t band_outputs_;
   const uint8_t* const activations_;
@@ -314,7 +314,7 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   const TileScratch plan = FloatTileScratch<dtype>(l, rows);
   const uint8_t* activations = static_cast<const uint8_t*>(packed);
   uint8_t* memory = static_cast<uint8_t*>(scratch);
-  const TermProduct<kTerms<dtype>> product(p, plan, activations, memory);
+  const TermProduct<kTerms<dtype>, dtype == NM_FLOAT32> product(p, plan, activations, memory);
   const int64_t block_steps = BlockColumns(l) / kStep;
   const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
     TileFence();

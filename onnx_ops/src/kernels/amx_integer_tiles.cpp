@@ -36,10 +36,10 @@ class TileProduct {
   // Tiles 4 to 7: both halves of the outputs times the first group, then times the second.
   template <int groups>
   void MultiplyBlock(const Chunk& chunk, int64_t block, Fetcher* fetcher) const {
-    const int64_t stride = packed_.steps * kStepBytes;
+    const int64_t stride = packed_.groups * kStepBytes;
     const int64_t first = block * block_steps_;
     const uint8_t* w = weights_ + (first - chunk.first_step) * kStepBytes;
-    const uint8_t* a = bytes_ + chunk.group * stride + first * kStepBytes;
+    const uint8_t* a = bytes_ + first * stride + chunk.group * kStepBytes;
     const int64_t steps = Min(block_steps_, packed_.steps - first);
     _tile_zero(4);
     _tile_zero(5);
@@ -47,15 +47,15 @@ class TileProduct {
       _tile_zero(6);
       _tile_zero(7);
     }
-    for (int64_t i = 0; i < steps; ++i, w += kStepBytes, a += kStepBytes) {
-      if (groups == 2) PrefetchTiles(a + kStepsAhead * kStepBytes, stride);
+    for (int64_t i = 0; i < steps; ++i, w += kStepBytes, a += stride) {
+      if (groups == 2) PrefetchTiles(a + kStepsAhead * stride);
       _tile_loadd(0, w, kTileRowBytes);
       _tile_loadd(2, a, kTileRowBytes);
       _tile_dpbssd(4, 0, 2);
       _tile_loadd(1, w + kHalfBytes, kTileRowBytes);
       _tile_dpbssd(5, 1, 2);
       if (groups == 2) {
-        _tile_loadd(3, a + stride, kTileRowBytes);
+        _tile_loadd(3, a + kStepBytes, kTileRowBytes);
         _tile_dpbssd(6, 0, 3);
         _tile_dpbssd(7, 1, 3);
       }
@@ -64,11 +64,10 @@ class TileProduct {
   }
 
   // Activations come from the second-level cache, which a tile's load waits for line by line.
-  static void PrefetchTiles(const uint8_t* a, int64_t stride) {
-#pragma GCC unroll 16
-    for (int64_t line = 0; line < kTileBytes; line += 64) {
+  static void PrefetchTiles(const uint8_t* a) {
+#pragma GCC unroll 32
+    for (int64_t line = 0; line < 2 * kTileBytes; line += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(a + line), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(a + stride + line), _MM_HINT_T0);
     }
   }
 

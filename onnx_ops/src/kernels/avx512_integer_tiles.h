@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kStepBytes = 1024;           // 64 columns of 16 outputs or of 16 activation rows
 constexpr int64_t kChunkSteps = 8;             // whose weights, 16 KB, stay in the first-level cache for all rows
 
-// Activations: bytes[group][step][column / 4][row][4], scales[group][block][row].
+// Activations: bytes[step][group][column / 4][row][4], scales[group][block][row].
 struct PackedTiles {
   int64_t steps;
   int64_t blocks;
@@ -50,7 +50,7 @@ inline void PackGroup(const Layout& l, const float* a, int64_t first, int64_t co
                                             _mm512_set1_epi32(static_cast<int>(kLanes)));
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t columns = Min(block, l.in_features - b * block);
-    uint8_t* steps = base + p.bytes + (group * p.steps + b * block / kStep) * kStepBytes;
+    uint8_t* steps = base + p.bytes + (b * block / kStep * p.groups + group) * kStepBytes;
     float* scales = reinterpret_cast<float*>(base + p.scales) + (group * p.blocks + b) * kLanes;
     for (int64_t row = 0; row < kLanes; ++row) {
       alignas(64) uint8_t bytes[256] = {};
@@ -59,7 +59,7 @@ inline void PackGroup(const Layout& l, const float* a, int64_t first, int64_t co
           row < count ? PackInt8Block(a + row * l.in_features + b * block, columns, 0, bytes, starts) : 0.0f;
       for (int64_t i = 0; i * kStep < columns; ++i) {
         const __m512i step = _mm512_xor_si512(_mm512_load_si512(bytes + i * kStep), flips);
-        _mm512_i32scatter_epi32(steps + i * kStepBytes + 4 * row, places, step, 4);
+        _mm512_i32scatter_epi32(steps + i * p.groups * kStepBytes + 4 * row, places, step, 4);
       }
     }
   }
@@ -83,7 +83,6 @@ struct SignedBytes {
 
   explicit SignedBytes(const Layout& l) : reader(l) {}
   Row Open(int64_t output, uint8_t* copy) const { return reader.Row(output, copy); }
-  const uint8_t* Address(const Row& row, int64_t step) const { return reader.Address(row, step); }
   int64_t WholeSteps() const { return reader.whole_steps; }
   void StoreInPlace(const Row& row, int64_t step, uint64_t mask, uint8_t* to) const {
     _mm512_store_si512(to, _mm512_sub_epi8(reader.LoadInPlace(row, step, mask), reader.offset));

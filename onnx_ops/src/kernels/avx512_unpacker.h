@@ -57,7 +57,6 @@ class TileUnpacker {
       : layout_(l), plan_(plan), scratch_(scratch), steps_(Steps(l)), mask_reader_(l), store_(l) {}
 
   void SetOutputs(int64_t band, int64_t begin, int64_t end) {
-    end_ = end;
     float* row_scales = reinterpret_cast<float*>(scratch_ + plan_.row_scales);
     float* scales = reinterpret_cast<float*>(scratch_ + plan_.scales);
     const int64_t blocks = TileScratch::Blocks(layout_);
@@ -76,11 +75,7 @@ class TileUnpacker {
     for (int64_t i = begin; i < end; ++i) {
       const typename StepStore::Row& row = rows_[i];
       const Masks& masks = masks_[i];
-      if (fetcher != nullptr) {
-        fetcher->Fetch(1);
-      } else {
-        FetchAhead(i + kTileOutputs, first_step, last_step);
-      }
+      if (fetcher != nullptr) fetcher->Fetch(1);
       const int64_t at = i - begin;
       uint8_t* to = scratch_ + plan_.weights + at / kLanes * half_bytes + at % kLanes * 64;
       int64_t step = first_step;
@@ -92,28 +87,12 @@ class TileUnpacker {
   }
 
  private:
-  // The same columns of an output, or behind the band's last one the next columns of its first ones.
-  void FetchAhead(int64_t output, int64_t first_step, int64_t last_step) const {
-    const int64_t steps = last_step - first_step;
-    if (output >= end_) {
-      output -= end_;
-      first_step = last_step;
-    }
-    if (output >= end_) return;
-    FetchRange(store_.Address(rows_[output], first_step), store_.Address(rows_[output], first_step + steps));
-    FetchRange(masks_[output].Address(first_step), masks_[output].Address(first_step + steps));
-  }
-  static void FetchRange(const uint8_t* p, const uint8_t* end) {
-    for (; p < end; p += 64) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
-  }
-
   const Layout& layout_;
   const TileScratch& plan_;
   uint8_t* const scratch_;
   const int64_t steps_;
   const MaskReader mask_reader_;
   const StepStore store_;
-  int64_t end_ = 0;
   typename StepStore::Row rows_[kMostBandOutputs];
   Masks masks_[kMostBandOutputs];
 };
