@@ -31,9 +31,9 @@ def test_every_kernel_against_float64(binaries, seed):
     assert int(products) > 2000
 
 
-def test_emulated_avx512(binaries):
+def test_emulated_avx512_and_amx(binaries):
     printed = run(binaries / "tests" / "nm_emulated_test", 150, 1)
-    assert re.match(r"\d+ products on avx512 and below, 0 failures", printed)
+    assert re.match(r"\d+ products on amx and below, 0 failures", printed)
 
 
 def test_calls_from_several_threads(binaries):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 8192), (576, 1536))
 QUICK_SHAPES = SHAPES[:1]
 _LEAST_SECONDS = 0.03  # of one measurement: repeated runs of a chain
-_LARGEST_CHAIN = 640 << 20  # bytes: above the last-level cache of the largest servers
+_LARGEST_CHAIN = 448 << 20  # bytes; with it the weights of all kernels stay below 6 GB
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,15 @@ def benchmark_kernels(
         rows: of activations.
         threads: numbers of threads; by default one, and as many as there are cores.
         names: shell wildcards of the kernels to measure; `kernel_models.kernels` lists them all.
-        chain_bytes: weights of a chain; by default twice the last-level cache.
+        chain_bytes: weights of a chain; by default twice the last-level cache, or a quarter more than it where that
+            would be very large.
 
     Raises:
         NMError: a wildcard fits no kernel, or there is no space for the weights.
     """
     chosen = select_kernels(names)
     thread_counts = sorted({1, core_count()}) if threads is None else list(threads)
-    chain_bytes = min(2 * last_level_cache(), _LARGEST_CHAIN) if chain_bytes is None else chain_bytes
+    chain_bytes = default_chain_bytes(last_level_cache()) if chain_bytes is None else chain_bytes
     settings = {"rounds": rounds, "chain_MiB": round(chain_bytes / 2**20, 1)}
     result = KernelBenchmark(machine(), settings, {count: [] for count in thread_counts}, [], {})
     steps = len(shapes) * len(thread_counts) * rounds * len(rows) * len(chosen)
@@ -201,6 +202,11 @@ def select_kernels(names: Sequence[str]) -> list[Kernel]:
         if not fnmatch.filter(everything, name):
             raise NMError(f"no kernel is named {name!r}; there are: {', '.join(everything)}.")
     return [kernel for kernel in everything.values() if any(fnmatch.fnmatchcase(kernel.name, name) for name in names)]
+
+
+def default_chain_bytes(cache_bytes: int) -> int:
+    """Weights of a chain that do not stay in a cache of some bytes."""
+    return min(2 * cache_bytes, max(_LARGEST_CHAIN, cache_bytes * 5 // 4))
 
 
 def last_level_cache() -> int:

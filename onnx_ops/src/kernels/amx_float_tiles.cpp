@@ -1,7 +1,7 @@
-// AMX kernels in float32 arithmetic, of bfloat16 products. A float32 becomes the sum of two bfloat16 terms, the second
-// the rest of the first, each rounded to the nearest: what is left is below 2⁻¹⁸ of it. A float16 is two terms exactly,
-// a bfloat16 or an int8 one. Products of terms are exact and summed in float32; every product of a weight and an
-// activation is within 2⁻¹⁷ of the whole, inside the operator's bound of 1e-5, and the errors are as often up as down.
+// AMX kernels in float32 arithmetic, of bfloat16 products. A number becomes a sum of bfloat16 terms, each the rest of
+// those before it rounded to the nearest: a float32 three, a float16 two, a bfloat16 or an int8 one, all exactly; a
+// float32 activation two, of which at most 2⁻¹⁷ of it is left. Products of terms are exact and summed in float32. An
+// output is within 2⁻¹⁷ of Σ|A·W|, the operator's bound being 1e-5, and the errors are as often up as down.
 #include "amx_tiles.h"
 #include "avx512_float_weights.h"
 #include "avx512_integer_tiles.h"
@@ -14,7 +14,9 @@ constexpr int64_t kFloatChunkSteps = 16;
 constexpr int64_t kPairBytes = 2 * kTileBytes;  // 64 columns of one term of 16 rows or outputs: two tiles
 
 template <int dtype>
-constexpr int kTerms = dtype == NM_FLOAT32 || dtype == NM_FLOAT16 ? 2 : 1;
+constexpr int kTerms = dtype == NM_FLOAT32   ? 3
+                       : dtype == NM_FLOAT16 ? 2
+                                             : 1;
 
 // Float32 of a vector's halves as bfloat16, to the nearest, and back.
 inline __m512i ToBfloat16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
@@ -108,8 +110,7 @@ struct FloatTerms {
   const int64_t steps;
   const int64_t step_values;
 
-  explicit FloatTerms(const Layout& l)
-      : layout(l), steps(Steps(l)), step_values(l.dense ? kStep : kStep * l.n / l.m) {}
+  explicit FloatTerms(const Layout& l) : layout(l), steps(Steps(l)), step_values(l.dense ? kStep : kStep * l.n / l.m) {}
 
   int64_t Count() const { return StepValues<density>(step_values); }
   int64_t WholeSteps() const { return steps - 1; }
@@ -183,9 +184,9 @@ struct IntegerTerms {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The unpacked weights of a tile and chunk, in `terms` terms, times one or two groups of activation rows. Unless
-// all_products, those of second terms are left out: together with one rounding they are within the bound.
-template <int terms, bool all_products>
+// The unpacked weights of a tile and chunk, in `terms` terms, times one or two groups of activation rows. The product
+// of a third and a second term, below 2⁻²⁴, is left out.
+template <int terms>
 class TermProduct {
  public:
   TermProduct(const PackedTerms& packed, const TileScratch& plan, const uint8_t* activations, const uint8_t* scratch)
@@ -255,7 +256,7 @@ class TermProduct {
         _tile_loadd(0, weight, kTileRowBytes);
         _tile_loadd(1, weight + kOtherHalf, kTileRowBytes);
         for (int other = 0; other < kActivationTerms; ++other) {
-          if (!all_products && term + other == 2) break;
+          if (term + other > 2) break;
           _tile_loadd(2, a + other * kTileBytes, kTileRowBytes);
           _tile_dpbf16ps(4, 0, 2);
           _tile_dpbf16ps(5, 1, 2);
@@ -314,7 +315,7 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   const TileScratch plan = FloatTileScratch<dtype>(l, rows);
   const uint8_t* activations = static_cast<const uint8_t*>(packed);
   uint8_t* memory = static_cast<uint8_t*>(scratch);
-  const TermProduct<kTerms<dtype>, dtype == NM_FLOAT32> product(p, plan, activations, memory);
+  const TermProduct<kTerms<dtype>> product(p, plan, activations, memory);
   const int64_t block_steps = BlockColumns(l) / kStep;
   const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
     TileFence();
@@ -346,14 +347,25 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
 }
 
 template <int dtype>
-constexpr Kernel KernelOf(const char* name) {
-  return {name, Isa::kAmx, false, kLeastTileRows, kAny, SupportsTiles<dtype>, PackedTermsBytes, Pack,
-          FloatTileScratchBytes<dtype>, Run<dtype>};
+constexpr Kernel KernelOf(const char* name, int64_t least_rows) {
+  return {name,
+          Isa::kAmx,
+          false,
+          least_rows,
+          kAny,
+          SupportsTiles<dtype>,
+          PackedTermsBytes,
+          Pack,
+          FloatTileScratchBytes<dtype>,
+          Run<dtype>};
 }
 
 constexpr Kernel kKernels[] = {
-    KernelOf<NM_FLOAT32>("float32 tiles"), KernelOf<NM_FLOAT16>("float16 tiles"),
-    KernelOf<NM_BFLOAT16>("bfloat16 tiles"), KernelOf<NM_INT8>("int8 tiles"), KernelOf<NM_INT4>("int4 tiles"),
+    KernelOf<NM_FLOAT32>("float32 tiles", 12),
+    KernelOf<NM_FLOAT16>("float16 tiles", 9),
+    KernelOf<NM_BFLOAT16>("bfloat16 tiles", kLeastTileRows),
+    KernelOf<NM_INT8>("int8 tiles", kLeastTileRows),
+    KernelOf<NM_INT4>("int4 tiles", kLeastTileRows),
 };
 
 }  // namespace

@@ -107,10 +107,6 @@ class TileProduct {
   const float* scales_;
 };
 
-void Pack(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
-  PackGroup(l, a, first, count, rows, packed, 0);
-}
-
 template <template <Density> class Weights>
 void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
          int64_t y_stride) {
@@ -138,9 +134,9 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
 
 constexpr Kernel kKernels[] = {
     {"int8 tiles, int8 activations", Isa::kAmx, true, kLeastTileRows, kAny, SupportsTiles<NM_INT8>, PackedTilesBytes,
-     Pack, IntegerTileScratchBytes, Run<Int8>},
+     PackGroup, IntegerTileScratchBytes, Run<Int8>},
     {"int4 tiles, int8 activations", Isa::kAmx, true, kLeastTileRows, kAny, SupportsTiles<NM_INT4>, PackedTilesBytes,
-     Pack, IntegerTileScratchBytes, Run<Int4>},
+     PackGroup, IntegerTileScratchBytes, Run<Int4>},
 };
 
 }  // namespace

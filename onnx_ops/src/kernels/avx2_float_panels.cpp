@@ -209,8 +209,10 @@ bool Supports(const Layout& l) {
 
 constexpr int64_t kAny = INT64_MAX;
 constexpr Kernel kKernels[] = {
-    {"float32 panels", Isa::kAvx2, false, 1, kAny, Supports<NM_FLOAT32>, PackedBytes, Pack, ScratchBytes, Run<NM_FLOAT32>},
-    {"float16 panels", Isa::kAvx2, false, 1, kAny, Supports<NM_FLOAT16>, PackedBytes, Pack, ScratchBytes, Run<NM_FLOAT16>},
+    {"float32 panels", Isa::kAvx2, false, 1, kAny, Supports<NM_FLOAT32>, PackedBytes, Pack, ScratchBytes,
+     Run<NM_FLOAT32>},
+    {"float16 panels", Isa::kAvx2, false, 1, kAny, Supports<NM_FLOAT16>, PackedBytes, Pack, ScratchBytes,
+     Run<NM_FLOAT16>},
     {"bfloat16 panels", Isa::kAvx2, false, 1, kAny, Supports<NM_BFLOAT16>, PackedBytes, Pack, ScratchBytes,
      Run<NM_BFLOAT16>},
     {"int8 panels", Isa::kAvx2, false, 1, kAny, Supports<NM_INT8>, PackedBytes, Pack, ScratchBytes, Run<NM_INT8>},

@@ -1,5 +1,5 @@
-// Integer weights as the AVX-512 and AMX kernels unpack them: bytes q + offset, 64 columns a step, pruned columns at the
-// offset.
+// Integer weights as the AVX-512 and AMX kernels unpack them: bytes q + offset, 64 columns a step, pruned columns at
+// the offset.
 #ifndef NM_KERNELS_AVX512_INTEGER_WEIGHTS_H_
 #define NM_KERNELS_AVX512_INTEGER_WEIGHTS_H_
 
@@ -72,9 +72,9 @@ struct IntegerReader {
         offset(_mm512_set1_epi8(static_cast<char>(l.dtype == NM_INT4 ? 8 : 128))),
         steps(Steps(l)),
         step_values(l.dense ? kStep : kStep * l.n / l.m),
-        whole_values(Weights::kUnpackFirst  ? 0
-                     : l.dtype == NM_INT4 ? l.row_values / kInt4Chunk * kInt4Chunk
-                                          : l.row_values),
+        whole_values(Weights::kUnpackFirst ? 0
+                     : l.dtype == NM_INT4  ? l.row_values / kInt4Chunk * kInt4Chunk
+                                           : l.row_values),
         whole_steps(Min(whole_values / step_values, steps)) {}
 
   // copy: IntegerCopyBytes of memory that lives as long as the row is read.

@@ -98,8 +98,8 @@ inline void AddOutlierBlock(const Layout& l, const uint8_t* values, const uint8_
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t left = Min(count - i, kLanes);
     alignas(64) float weights[kLanes];
-    _mm512_store_ps(weights, half ? HalvesToFloats(values + 2 * i, left)
-                                  : _mm512_maskz_loadu_ps(FirstLanes(left), values + 4 * i));
+    _mm512_store_ps(
+        weights, half ? HalvesToFloats(values + 2 * i, left) : _mm512_maskz_loadu_ps(FirstLanes(left), values + 4 * i));
     int64_t j = 0;
     for (; j + 2 <= left; j += 2) {
       add(weights[j], positions[i + j], even);

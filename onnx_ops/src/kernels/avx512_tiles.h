@@ -70,8 +70,8 @@ struct Chunk {
 };
 
 // Kernel::run. Unpacker: SetOutputs(band, begin, end) tells which outputs of a band come next, Unpack(begin, end,
-// first_step, last_step, fetcher) unpacks a tile of them. multiply(chunk, groups, sums, fetcher) adds to the sums of one
-// group of rows or two. The fetcher may be null.
+// first_step, last_step, fetcher) unpacks a tile of them. multiply(chunk, groups, sums, fetcher) adds to the sums of
+// one group of rows or two. The fetcher may be null.
 template <class Unpacker, class Multiply>
 class TileRun {
  public:

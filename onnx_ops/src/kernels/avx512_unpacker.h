@@ -19,12 +19,12 @@ struct TileScratch {
   int64_t band_outputs;
   int64_t mask_bytes;  // of one output
   int64_t copy_bytes;
-  size_t masks;    // of each output of a band, and its copied values
+  size_t masks;  // of each output of a band, and its copied values
   size_t copies;
   size_t weights;  // [kTileOutputs / 16][step of the chunk][…][16][64 bytes]
   size_t scales;   // float32[block][output of the band], of integers
   size_t row_scales;
-  size_t sums;     // float32[tile of the band][group][kTileOutputs][16]
+  size_t sums;  // float32[tile of the band][group][kTileOutputs][16]
   size_t total;
 
   TileScratch(const Layout& l, int64_t rows, const TileFormat& tile_format) : format(tile_format) {

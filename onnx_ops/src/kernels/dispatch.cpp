@@ -35,6 +35,7 @@ struct Registry {
     Append(AmxFloatTiles());
 #endif
 #if defined(NM_HAVE_X86_KERNELS) || defined(NM_EMULATE_AVX512)
+    Append(Avx512IntegerTiles());
     Append(Avx512IntegerRows());
     Append(Avx512FloatRows());
 #endif
@@ -155,8 +156,7 @@ const Kernel& ChooseKernel(const Layout& layout, int64_t rows, int accuracy_leve
   for (size_t i = 0; i < all.count; ++i) {
     const Kernel& kernel = all.kernels[i];
     if (kernel.isa <= isa && rows >= kernel.least_rows && rows <= kernel.most_rows &&
-        (accuracy_level == 4 || !kernel.int8_activations) &&
-        kernel.supports(layout)) {
+        (accuracy_level == 4 || !kernel.int8_activations) && kernel.supports(layout)) {
       return kernel;
     }
   }

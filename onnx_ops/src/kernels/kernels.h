@@ -68,6 +68,7 @@ KernelList Avx2IntegerPanels();
 KernelList Avx2IntegerRows();
 KernelList Avx512FloatRows();
 KernelList Avx512IntegerRows();
+KernelList Avx512IntegerTiles();
 KernelList NeonDotprodRows();
 KernelList NeonFloatRows();
 KernelList NeonIntegerRows();

@@ -1,7 +1,7 @@
-// The AVX-512 intrinsics that the kernels use, in plain C++, so that every machine can test those kernels: this folder
-// stands before the compiler's own headers in the nm_emulated_test build alone. Semantics are those of Intel's
-// Intrinsics Guide. Stricter than a processor in two ways: what an instruction leaves undefined reads as 0xff…, and an
-// aligned access that is not aligned aborts.
+// The AVX-512 and AMX intrinsics that the kernels use, in plain C++, so that every machine can test those kernels: this
+// folder stands before the compiler's own headers in the nm_emulated_test build alone. Semantics are those of Intel's
+// Intrinsics Guide. Stricter than a processor: what an instruction leaves undefined reads as 0xff…, and an aligned
+// access that is not aligned aborts.
 #ifndef NM_TESTS_EMULATED_IMMINTRIN_H_
 #define NM_TESTS_EMULATED_IMMINTRIN_H_
 
@@ -27,6 +27,7 @@ struct __m256i : EmulatedRegister<32> {};
 struct __m256 : EmulatedRegister<32> {};
 struct __m512i : EmulatedRegister<64> {};
 struct __m512 : EmulatedRegister<64> {};
+using __m512bh = __m512i;
 using __mmask16 = uint16_t;
 using __mmask32 = uint32_t;
 using __mmask64 = uint64_t;
@@ -112,6 +113,8 @@ void Store(void* p, const Register& v) {
   memcpy(p, v.bytes, sizeof(Register));
 }
 
+inline float Flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+
 // Lanes of a, in order, to the places whose bit is set.
 template <class Lane, class Register>
 Register Expand(const Register& source, uint64_t mask, const Register& a) {
@@ -193,6 +196,16 @@ inline void _mm512_store_si512(void* p, const __m512i& v) {
   nm_emulated::Store(p, v);
 }
 inline void _mm512_storeu_si512(void* p, const __m512i& v) { nm_emulated::Store(p, v); }
+inline void _mm512_mask_storeu_ps(void* p, __mmask16 k, const __m512& v) {
+  for (int i = 0; i < 16; ++i) {
+    if ((k >> i & 1) != 0) memcpy(static_cast<uint8_t*>(p) + 4 * i, v.bytes + 4 * i, 4);
+  }
+}
+inline void _mm512_i32scatter_epi32(void* base, const __m512i& index, const __m512i& v, int scale) {
+  for (int i = 0; i < 16; ++i) {
+    memcpy(static_cast<uint8_t*>(base) + int64_t{nm_emulated::Get<int32_t>(index, i)} * scale, v.bytes + 4 * i, 4);
+  }
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Constants, casts and pieces.
@@ -232,6 +245,10 @@ inline float _mm512_cvtss_f32(const __m512& v) { return nm_emulated::Get<float>(
 inline __m256i _mm512_extracti64x4_epi64(const __m512i& v, int half) {
   return nm_emulated::Fill<__m256i, int64_t>([&](int i) { return nm_emulated::Get<int64_t>(v, 4 * (half & 1) + i); });
 }
+inline __m128i _mm256_castsi256_si128(const __m256i& v) { return nm_emulated::Cast<__m128i>(v); }
+inline __m128i _mm256_extracti128_si256(const __m256i& v, int half) {
+  return nm_emulated::Fill<__m128i, int64_t>([&](int i) { return nm_emulated::Get<int64_t>(v, 2 * (half & 1) + i); });
+}
 inline __m512i _mm512_inserti64x4(__m512i v, const __m256i& piece, int half) {
   memcpy(v.bytes + 32 * (half & 1), piece.bytes, 32);
   return v;
@@ -249,6 +266,24 @@ inline __m512i _mm512_mask_expand_epi8(const __m512i& source, __mmask64 k, const
 inline __m512i _mm512_mask_expand_epi16(const __m512i& source, __mmask32 k, const __m512i& a) {
   return nm_emulated::Expand<uint16_t>(source, k, a);
 }
+// Within each quarter of four lanes.
+inline __m512 _mm512_unpacklo_ps(const __m512& a, const __m512& b) {
+  return nm_emulated::Fill<__m512, float>(
+      [&](int i) { return nm_emulated::Get<float>(i % 2 == 0 ? a : b, i / 4 * 4 + i % 4 / 2); });
+}
+inline __m512 _mm512_unpackhi_ps(const __m512& a, const __m512& b) {
+  return nm_emulated::Fill<__m512, float>(
+      [&](int i) { return nm_emulated::Get<float>(i % 2 == 0 ? a : b, i / 4 * 4 + 2 + i % 4 / 2); });
+}
+inline __m512 _mm512_shuffle_ps(const __m512& a, const __m512& b, int control) {
+  return nm_emulated::Fill<__m512, float>(
+      [&](int i) { return nm_emulated::Get<float>(i % 4 < 2 ? a : b, i / 4 * 4 + (control >> (2 * (i % 4)) & 3)); });
+}
+// Whole quarters: two of a, then two of b.
+inline __m512 _mm512_shuffle_f32x4(const __m512& a, const __m512& b, int control) {
+  return nm_emulated::Fill<__m512, float>(
+      [&](int i) { return nm_emulated::Get<float>(i < 8 ? a : b, (control >> (2 * (i / 4)) & 3) * 4 + i % 4); });
+}
 inline __m512i _mm512_permutex2var_epi32(const __m512i& a, const __m512i& index, const __m512i& b) {
   return nm_emulated::Map<uint32_t>(
       [&](uint32_t i) { return nm_emulated::Get<uint32_t>((i & 16) != 0 ? b : a, static_cast<int>(i & 15)); }, index);
@@ -265,6 +300,9 @@ inline __m256i _mm256_srli_epi16(const __m256i& a, int count) {
 }
 inline __m512i _mm512_and_si512(const __m512i& a, const __m512i& b) {
   return nm_emulated::Map<uint64_t>([](uint64_t x, uint64_t y) { return x & y; }, a, b);
+}
+inline __m512i _mm512_xor_si512(const __m512i& a, const __m512i& b) {
+  return nm_emulated::Map<uint64_t>([](uint64_t x, uint64_t y) { return x ^ y; }, a, b);
 }
 inline __m512i _mm512_slli_epi32(const __m512i& a, unsigned count) {
   return nm_emulated::Map<uint32_t>([=](uint32_t x) { return count > 31 ? 0 : x << count; }, a);
@@ -319,6 +357,19 @@ inline __m512i _mm512_dpbusd_epi32(const __m512i& source, const __m512i& a, cons
 inline __m512i _mm512_cvtepu8_epi32(const __m128i& a) {
   return nm_emulated::Fill<__m512i, int32_t>([&](int i) { return int32_t{nm_emulated::Get<uint8_t>(a, i)}; });
 }
+inline __m512i _mm512_cvtepi8_epi32(const __m128i& a) {
+  return nm_emulated::Fill<__m512i, int32_t>([&](int i) { return int32_t{nm_emulated::Get<int8_t>(a, i)}; });
+}
+inline __m512i _mm512_cvtepu16_epi32(const __m256i& a) {
+  return nm_emulated::Fill<__m512i, int32_t>([&](int i) { return int32_t{nm_emulated::Get<uint16_t>(a, i)}; });
+}
+// The lanes of b, then those of a, to the nearest bfloat16; what is too small to be normal becomes zero.
+inline __m512bh _mm512_cvtne2ps_pbh(const __m512& a, const __m512& b) {
+  return nm_emulated::Fill<__m512bh, uint16_t>([&](int i) {
+    const float x = nm_emulated::Get<float>(i < 16 ? b : a, i % 16);
+    return nm::Bfloat16OfFloat(nm_emulated::Flushed(x));
+  });
+}
 inline __m128i _mm512_cvtsepi32_epi8(const __m512i& a) {
   return nm_emulated::Fill<__m128i, int8_t>([&](int i) {
     const int32_t x = nm_emulated::Get<int32_t>(a, i);
@@ -340,6 +391,16 @@ inline __m512 _mm512_cvtph_ps(const __m256i& a) {
 inline __m512 _mm512_add_ps(const __m512& a, const __m512& b) {
   return nm_emulated::Map<float>([](float x, float y) { return x + y; }, a, b);
 }
+inline __m512 _mm512_sub_ps(const __m512& a, const __m512& b) {
+  return nm_emulated::Map<float>([](float x, float y) { return x - y; }, a, b);
+}
+// The second where either is NaN.
+inline __m512 _mm512_min_ps(const __m512& a, const __m512& b) {
+  return nm_emulated::Map<float>([](float x, float y) { return x < y ? x : y; }, a, b);
+}
+inline __m512 _mm512_max_ps(const __m512& a, const __m512& b) {
+  return nm_emulated::Map<float>([](float x, float y) { return x > y ? x : y; }, a, b);
+}
 inline __m512 _mm512_mul_ps(const __m512& a, const __m512& b) {
   return nm_emulated::Map<float>([](float x, float y) { return x * y; }, a, b);
 }
@@ -353,6 +414,85 @@ inline float _mm512_reduce_add_ps(const __m512& a) {
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   }
   return sums[0];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles. Those of a thread that has not loaded a configuration of whole tiles abort.
+
+namespace nm_emulated {
+
+struct Tiles {
+  uint8_t configuration[64] = {};
+  uint8_t bytes[8][16][64];
+};
+inline Tiles& ThreadTiles() {
+  static thread_local Tiles tiles;
+  return tiles;
+}
+
+using Tile = uint8_t[16][64];
+inline Tile& TileAt(int tile) {
+  Tiles& all = ThreadTiles();
+  if (all.configuration[0] != 1 || all.configuration[16 + 2 * tile] != 64 || all.configuration[48 + tile] != 16) {
+    fprintf(stderr, "tile %d is used without a configuration\n", tile);
+    abort();
+  }
+  return all.bytes[tile];
+}
+
+template <class Lane>
+Lane Get(const Tile& tile, int row, int lane) {
+  Lane value;
+  memcpy(&value, tile[row] + lane * static_cast<int>(sizeof(Lane)), sizeof(Lane));
+  return value;
+}
+
+}  // namespace nm_emulated
+
+inline void _tile_loadconfig(const void* p) {
+  memcpy(nm_emulated::ThreadTiles().configuration, p, 64);
+  memset(nm_emulated::ThreadTiles().bytes, 0, sizeof(nm_emulated::ThreadTiles().bytes));
+}
+inline void _tile_storeconfig(void* p) { memcpy(p, nm_emulated::ThreadTiles().configuration, 64); }
+inline void _tile_release() { memset(nm_emulated::ThreadTiles().configuration, 0, 64); }
+inline void _tile_zero(int tile) { memset(nm_emulated::TileAt(tile), 0, 1024); }
+inline void _tile_loadd(int tile, const void* p, int64_t stride) {
+  for (int row = 0; row < 16; ++row) {
+    memcpy(nm_emulated::TileAt(tile)[row], static_cast<const uint8_t*>(p) + row * stride, 64);
+  }
+}
+inline void _tile_stored(int tile, void* p, int64_t stride) {
+  for (int row = 0; row < 16; ++row) {
+    memcpy(static_cast<uint8_t*>(p) + row * stride, nm_emulated::TileAt(tile)[row], 64);
+  }
+}
+// Adds four products of signed bytes of a's row and b's column to each lane, for each of 16 quadruples.
+inline void _tile_dpbssd(int sums, int a, int b) {
+  for (int row = 0; row < 16; ++row) {
+    for (int lane = 0; lane < 16; ++lane) {
+      int32_t sum = nm_emulated::Get<int32_t>(nm_emulated::TileAt(sums), row, lane);
+      for (int k = 0; k < 64; ++k) {
+        sum += nm_emulated::Get<int8_t>(nm_emulated::TileAt(a), row, k) *
+               nm_emulated::Get<int8_t>(nm_emulated::TileAt(b), k / 4, 4 * lane + k % 4);
+      }
+      memcpy(nm_emulated::TileAt(sums)[row] + 4 * lane, &sum, 4);
+    }
+  }
+}
+// Likewise two products of bfloat16, for each of 16 pairs.
+inline void _tile_dpbf16ps(int sums, int a, int b) {
+  const auto number = [](int tile, int row, int lane) {
+    return nm_emulated::Flushed(nm::FloatOfBfloat16(nm_emulated::Get<uint16_t>(nm_emulated::TileAt(tile), row, lane)));
+  };
+  for (int row = 0; row < 16; ++row) {
+    for (int lane = 0; lane < 16; ++lane) {
+      float sum = nm_emulated::Get<float>(nm_emulated::TileAt(sums), row, lane);
+      for (int k = 0; k < 32; ++k) {
+        sum = nm_emulated::Flushed(std::fma(number(a, row, k), number(b, k / 2, 2 * lane + k % 2), sum));
+      }
+      memcpy(nm_emulated::TileAt(sums)[row] + 4 * lane, &sum, 4);
+    }
+  }
 }
 
 #endif  // NM_TESTS_EMULATED_IMMINTRIN_H_

@@ -1,0 +1,126 @@
+// AVX-512 kernels of integer weights for many rows of int8 activations: four weights of an output in every lane, times
+// four columns of sixteen activation rows.
+#include "avx512_integer_tiles.h"
+
+namespace nm {
+namespace {
+
+constexpr int64_t kLeastRows = 9;  // with fewer, kernels for few rows are faster
+constexpr int kOutputs = 8;        // of a turn: with two groups of rows, sixteen sums in registers
+
+// The unpacked weights of a tile and chunk times one or two groups of activation rows.
+class DotProduct {
+ public:
+  DotProduct(const Layout& l, const PackedTiles& packed, const TileScratch& plan, const uint8_t* activations,
+             const uint8_t* scratch)
+      : packed_(packed),
+        block_steps_(BlockColumns(l) / kStep),
+        band_outputs_(plan.band_outputs),
+        bytes_(activations + packed.bytes),
+        row_scales_(reinterpret_cast<const float*>(activations + packed.scales)),
+        starts_(reinterpret_cast<const int32_t*>(activations + packed.starts)),
+        weights_(scratch + plan.weights),
+        scales_(reinterpret_cast<const float*>(scratch + plan.scales)) {}
+
+  template <int groups>
+  void Multiply(const Chunk& chunk, float* sums, Fetcher* fetcher) const {
+    for (int64_t step = chunk.first_step; step < chunk.last_step; step += block_steps_) {
+      const int64_t last_step = Min(step + block_steps_, chunk.last_step);
+      for (int64_t output = 0; output < kTileOutputs; output += kOutputs) {
+        MultiplyBlock<groups>(chunk, step, last_step, output, sums);
+        if (fetcher != nullptr) fetcher->Fetch(4);
+      }
+    }
+  }
+
+ private:
+  template <int groups>
+  void MultiplyBlock(const Chunk& chunk, int64_t step, int64_t last_step, int64_t output, float* sums) const {
+    const int64_t block = step / block_steps_;
+    const int64_t lanes = (chunk.group * packed_.blocks + block) * kLanes;
+    const int64_t next_group = packed_.blocks * kLanes;
+    __m512i products[groups][kOutputs];
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; ++g) {
+      const __m512i start = _mm512_load_si512(starts_ + lanes + g * next_group);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOutputs; ++o) products[g][o] = start;
+    }
+    const uint8_t* w = weights_ + output / kLanes * kChunkSteps * kStepBytes + (step - chunk.first_step) * kStepBytes +
+                       output % kLanes * kStep;
+    const uint8_t* a = bytes_ + (step * packed_.groups + chunk.group) * kStepBytes;
+    for (; step < last_step; ++step, w += kStepBytes, a += packed_.groups * kStepBytes) {
+      for (int64_t i = 0; i < kStep; i += 4) {
+        __m512i columns[groups];
+#pragma GCC unroll 2
+        for (int g = 0; g < groups; ++g) columns[g] = _mm512_load_si512(a + g * kStepBytes + i * kLanes);
+#pragma GCC unroll 8
+        for (int o = 0; o < kOutputs; ++o) {
+          int32_t four;
+          memcpy(&four, w + o * kStep + i, sizeof(four));
+          const __m512i weights = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+          for (int g = 0; g < groups; ++g) {
+            products[g][o] = _mm512_dpbusd_epi32(products[g][o], weights, columns[g]);
+          }
+        }
+      }
+    }
+    const float* weight_scales = scales_ + block * band_outputs_ + chunk.output + output;
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; ++g) {
+      const __m512 row_scales = _mm512_load_ps(row_scales_ + lanes + g * next_group);
+      float* to = sums + g * kTileSums + output * kLanes;
+#pragma GCC unroll 8
+      for (int o = 0; o < kOutputs; ++o, to += kLanes) {
+        const __m512 scale = _mm512_mul_ps(row_scales, _mm512_set1_ps(weight_scales[o]));
+        _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[g][o]), scale, _mm512_load_ps(to)));
+      }
+    }
+  }
+
+  const PackedTiles& packed_;
+  const int64_t block_steps_;
+  const int64_t band_outputs_;
+  const uint8_t* const bytes_;
+  const float* const row_scales_;
+  const int32_t* const starts_;
+  const uint8_t* const weights_;
+  const float* const scales_;
+};
+
+template <template <Density> class Weights>
+void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
+         int64_t y_stride) {
+  const PackedTiles p(l, rows);
+  const TileScratch plan = IntegerTileScratch(l, rows);
+  const uint8_t* activations = static_cast<const uint8_t*>(packed);
+  uint8_t* memory = static_cast<uint8_t*>(scratch);
+  const DotProduct product(l, p, plan, activations, memory);
+  const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
+    if (groups == 2) {
+      product.Multiply<2>(chunk, sums, fetcher);
+    } else {
+      product.Multiply<1>(chunk, sums, fetcher);
+    }
+  };
+  float* sums = reinterpret_cast<float*>(memory + plan.sums);
+  const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
+  WithIntegerUnpacker<OffsetBytes, Weights>(l, plan, memory, [&](auto* unpacker) {
+    const TileRun run(l, rows, p.ActivationBytes(), kChunkSteps, unpacker, outliers, sums, multiply);
+    run.Run(first, last, y, y_stride);
+  });
+}
+
+constexpr Kernel kKernels[] = {
+    {"int8 tiles, int8 activations", Isa::kAvx512, true, kLeastRows, kAny, SupportsTiles<NM_INT8>, PackedTilesBytes,
+     PackGroup, IntegerTileScratchBytes, Run<Int8>},
+    {"int4 tiles, int8 activations", Isa::kAvx512, true, kLeastRows, kAny, SupportsTiles<NM_INT4>, PackedTilesBytes,
+     PackGroup, IntegerTileScratchBytes, Run<Int4>},
+};
+
+}  // namespace
+
+KernelList Avx512IntegerTiles() { return {kKernels, sizeof(kKernels) / sizeof(kKernels[0])}; }
+
+}  // namespace nm
