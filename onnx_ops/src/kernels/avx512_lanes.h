@@ -79,56 +79,65 @@ inline int64_t OutlierColumns(const Layout& l) { return RoundUp(l.in_features + 
 inline int64_t OutlierGroupFloats(const Layout& l) { return l.row_outliers > 0 ? OutlierColumns(l) * kLanes : 0; }
 
 // A block of outliers of one output times some groups of rows.
-template <int groups>
-inline void AddOutlierBlock(const Layout& l, const uint8_t* values, const uint8_t* positions, int64_t count,
-                            const float* a, int64_t a_stride, float* sums, int64_t sums_stride) {
+template <int groups, bool half>
+inline void AddOutlierBlock(const uint8_t* values, const uint8_t* positions, int64_t count, const float* a,
+                            int64_t a_stride, float* sums, int64_t sums_stride) {
   __m512 even[groups], odd[groups];  // two chains, for each product waits for the sum before it
-#pragma GCC unroll 4
+#pragma GCC unroll 2
   for (int g = 0; g < groups; ++g) {
     even[g] = _mm512_load_ps(sums + g * sums_stride);
     odd[g] = _mm512_setzero_ps();
   }
-  const auto add = [&](float value, int64_t column, __m512(&to)[groups]) __attribute__((always_inline)) {
-    const __m512 weight = _mm512_set1_ps(value);
-    const float* lanes = a + column * kLanes;
-#pragma GCC unroll 4
+  alignas(64) float weights[kLanes];
+  const auto add = [&](int64_t i, const uint8_t* position, __m512(&to)[groups]) __attribute__((always_inline)) {
+    const __m512 weight = _mm512_set1_ps(weights[i]);
+    const float* lanes = a + *position * kLanes;
+#pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) to[g] = _mm512_fmadd_ps(weight, _mm512_load_ps(lanes + g * a_stride), to[g]);
   };
-  const bool half = l.outlier_dtype == NM_FLOAT16;
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t left = Min(count - i, kLanes);
-    alignas(64) float weights[kLanes];
     _mm512_store_ps(
         weights, half ? HalvesToFloats(values + 2 * i, left) : _mm512_maskz_loadu_ps(FirstLanes(left), values + 4 * i));
+    // A broadcast from memory takes no shuffle, which the compiler would use if it remembered the vector.
+    asm volatile("" ::"r"(weights) : "memory");
     int64_t j = 0;
     for (; j + 2 <= left; j += 2) {
-      add(weights[j], positions[i + j], even);
-      add(weights[j + 1], positions[i + j + 1], odd);
+      add(j, positions + i + j, even);
+      add(j + 1, positions + i + j + 1, odd);
     }
-    if (j < left) add(weights[j], positions[i + j], even);
+    if (j < left) add(j, positions + i + j, even);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
   for (int g = 0; g < groups; ++g) _mm512_store_ps(sums + g * sums_stride, _mm512_add_ps(even[g], odd[g]));
+}
+
+template <int groups, bool half>
+void AddOutlierGroups(const Layout& l, int64_t all_groups, const float* a, int64_t first, int64_t outputs,
+                      float* sums) {
+  const int64_t sums_stride = kTileOutputs * kLanes;
+  const int64_t value_bytes = half ? 2 : 4;
+  for (int64_t i = 0; i < l.row_outliers; i += l.outlier_k, a += l.outlier_block * kLanes) {
+    const int64_t count = Min(l.outlier_k, l.row_outliers - i);
+    const uint8_t* positions = l.outlier_positions + first * l.row_outliers + i;
+    const uint8_t* values = l.outlier_values + first * l.outlier_bytes + i * value_bytes;
+    for (int64_t o = 0; o < outputs; ++o, positions += l.row_outliers, values += l.outlier_bytes) {
+      float* to = sums + o / kTileOutputs * all_groups * sums_stride + o % kTileOutputs * kLanes;
+      AddOutlierBlock<groups, half>(values, positions, count, a, OutlierGroupFloats(l), to, sums_stride);
+    }
+  }
 }
 
 // Adds the outliers of output rows first … first+outputs-1 to sums[output / kTileOutputs][group][kTileOutputs][16]. The
 // activations of a block and of two groups stay in the first-level cache while all outputs use them.
 inline void AddOutlierLanes(const Layout& l, int64_t groups, const float* a, int64_t first, int64_t outputs,
                             float* sums) {
-  const int64_t a_stride = OutlierGroupFloats(l);
-  const int64_t sums_stride = kTileOutputs * kLanes;
-  const int64_t value_bytes = l.outlier_dtype == NM_FLOAT16 ? 2 : 4;
+  const bool half = l.outlier_dtype == NM_FLOAT16;
+  const auto one = half ? AddOutlierGroups<1, true> : AddOutlierGroups<1, false>;
+  const auto two = half ? AddOutlierGroups<2, true> : AddOutlierGroups<2, false>;
   for (int64_t group = 0; group < groups; group += 2) {
-    const auto add = group + 1 < groups ? AddOutlierBlock<2> : AddOutlierBlock<1>;
-    const float* block = a + group * a_stride;
-    for (int64_t i = 0; i < l.row_outliers; i += l.outlier_k, block += l.outlier_block * kLanes) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        const uint8_t* positions = l.outlier_positions + (first + o) * l.row_outliers + i;
-        const uint8_t* values = l.outlier_values + (first + o) * l.outlier_bytes + i * value_bytes;
-        float* to = sums + (o / kTileOutputs * groups + group) * sums_stride + o % kTileOutputs * kLanes;
-        add(l, values, positions, Min(l.outlier_k, l.row_outliers - i), block, a_stride, to, sums_stride);
-      }
-    }
+    const auto add = group + 1 < groups ? two : one;
+    add(l, groups, a + group * OutlierGroupFloats(l), first, outputs, sums + group * kTileOutputs * kLanes);
   }
 }
 
