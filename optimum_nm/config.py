@@ -22,6 +22,7 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 INTEGER_DTYPES = ("int8", "int4")
 OUTLIER_DTYPES = ("float16", "float32")
 POSITION_FORMATS = ("codes", "bitmap")
+DEFAULT_POSITIONS = "bitmap"  # as fast or faster with every type and kernel: docs/kernels.md
 SCORES = ("magnitude", "wanda", "ria")
 SOLVERS = ("mask", "sparsegpt", "admm", "alps")
 EQUALIZATION_MODES = ("score", "fold")
@@ -70,8 +71,8 @@ class NMConfig:
             defaults); None for none.
         weight_dtype: stored values: float32, float16, bfloat16, int8, int4.
         group_size: dense columns per float16 scale (int8, int4), a multiple of M; -1 or "row" for one per row.
-        positions: "codes" (⌈log2 C(M,N)⌉ bits a group) or "bitmap" (M bits a group); None for what
-            `default_positions` says of each layer.
+        positions: "bitmap" (M bits a group), which kernels read faster, or "codes" (⌈log2 C(M,N)⌉ bits a group);
+            None for "bitmap".
         outlier_dtype: "float16" or "float32".
         exclude: shell wildcards of module names left as they are.
         overrides: {shell wildcard of module names: {field of LayerConfig: value}}; of several matches the later wins.
@@ -156,7 +157,7 @@ class NMConfig:
         values["pattern"] = NMPattern.parse(values["pattern"])
         values["outliers"] = OutlierPattern.parse(values["outliers"])
         values["group_size"] = check_group_size(values["group_size"], values["pattern"])
-        values["positions"] = values["positions"] or default_positions(values["pattern"], values["weight_dtype"])
+        values["positions"] = values["positions"] or DEFAULT_POSITIONS
         return LayerConfig(**values)
 
     @property
@@ -247,14 +248,6 @@ def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def default_positions(pattern: NMPattern, weight_dtype: str) -> str:
-    """Bitmaps where kernels read them faster, for floats and groups of 32 columns; elsewhere the smaller codes.
-
-    Measured in docs/kernels.md.
-    """
-    return "bitmap" if weight_dtype not in INTEGER_DTYPES or pattern.m == 32 else "codes"
 
 
 def check_group_size(group_size: int | str, pattern: NMPattern) -> int:

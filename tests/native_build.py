@@ -8,7 +8,8 @@ from pathlib import Path
 from shutil import which
 
 REPOSITORY = Path(__file__).parents[1]
-ISAS = ("portable", "neon", "dotprod") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512", "amx")
+ARM = platform.machine() in ("aarch64", "arm64")
+ISAS = ("portable", "neon", "dotprod") if ARM else ("portable", "avx2", "avx512", "amx")
 CMAKE = which("cmake", path=sysconfig.get_path("scripts")) or "cmake"
 
 

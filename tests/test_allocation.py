@@ -231,7 +231,7 @@ def test_sensitive_layers_get_more_bits_than_those_whose_output_is_not_used(toke
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(4)
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
-    _, allocation = allocate_layers(model, windows[:4], NMConfig(target_bits=4.0), progress=False)
+    _, allocation = allocate_layers(model, windows[:4], NMConfig(target_bits=4.0, positions="codes"), progress=False)
     chosen = {layer.name: layer for layer in allocation.layers}
     loud, quiet = (chosen[f"model.layers.{index}.mlp.down_proj"] for index in (0, 1))
     assert loud.sensitivity > 100 * quiet.sensitivity
@@ -266,7 +266,10 @@ def test_overrides_and_a_shared_embedding_count_against_the_budget(tokenizer, te
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_bits": 1.0}, r"target_bits is 1; the smallest that the layers can take is 2\.150 bits per weight"),
+        (
+            {"target_bits": 1.0, "positions": "codes"},
+            r"target_bits is 1; the smallest that the layers can take is 2\.150 bits per weight",
+        ),
         (
             {"target_bits": 7.5, "overrides": {"*": {"weight_dtype": "int8", "pattern": "16:16"}}},
             r"target_bits is 7\.5; the smallest that the layers can take is 8\.\d\d\d bits per weight",

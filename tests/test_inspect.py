@@ -30,8 +30,9 @@ def packed_folder(tmp_path_factory, tiny_llama_folder, text):
     [
         ({}, 9.0),
         ({"positions": "codes"}, 8.875),
-        ({"weight_dtype": "int8"}, 5.0),
-        ({"weight_dtype": "int4"}, 3.0),
+        ({"weight_dtype": "int8"}, 5.125),
+        ({"weight_dtype": "int4"}, 3.125),
+        ({"weight_dtype": "int4", "positions": "codes"}, 3.0),
         ({"outliers": "16:256"}, 10.5),
         ({"pattern": "2:4", "positions": "bitmap", "weight_dtype": "float32"}, 17.0),
     ],

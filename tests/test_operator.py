@@ -165,7 +165,7 @@ def overwrite(index, *values):
 
 
 # of the layer below: 24 rows, 40 columns, so three groups a row, 24 values, 6 bytes of codes, 3 scales, 3 + 3 outliers
-LAYER = {"pattern": "8:16", "outliers": "3:20", "dtype": "int8", "group_size": 16}
+LAYER = {"pattern": "8:16", "outliers": "3:20", "dtype": "int8", "group_size": 16, "positions": "codes"}
 REFUSED = {
     "K missing": (remove_attribute("K"), "attribute K is missing or not an integer."),
     "K a string": (edit_attribute("K", "40"), "attribute K is missing or not an integer."),

@@ -133,7 +133,8 @@ def test_int4_search_follows_the_column_weight():
 
 
 @pytest.mark.parametrize(
-    "dtype,outliers,bits", [("float16", None, 9.0), ("int8", None, 5.0), ("int4", None, 3.0), ("int4", "16:256", 4.5)]
+    "dtype,outliers,bits",
+    [("float16", None, 9.0), ("int8", None, 5.125), ("int4", None, 3.125), ("int4", "16:256", 4.625)],
 )
 def test_size_is_the_arithmetic(dtype, outliers, bits):
     packed = PackedWeight.pack(random_weight(8, 1024), "8:16", outliers, dtype)
@@ -215,7 +216,7 @@ def remove_scales(packed):
     ],
 )
 def test_validate_names_what_is_wrong(corrupt, message):
-    packed = PackedWeight.pack(random_weight(4, 64), "8:16", "4:64", "int8", group_size=64)
+    packed = PackedWeight.pack(random_weight(4, 64), "8:16", "4:64", "int8", group_size=64, positions="codes")
     packed.validate("layer")
     corrupt(packed)
     with pytest.raises(NMError, match=f"^layer.*{message}"):

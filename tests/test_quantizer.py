@@ -106,7 +106,7 @@ LAYER = "model.layers.1.mlp.up_proj"
             rf"{LAYER}\.scales in .* is I16 \[96, 1\]; the configuration asks",
         ),
         ("values", lambda t: t.to(torch.int16), rf"{LAYER}\.values in .* is I16 "),
-        ("positions", lambda t: torch.full_like(t, 255), rf"{LAYER}\.positions has code 16383 in row 0, group 0"),
+        ("positions", lambda t: torch.full_like(t, 255), rf"{LAYER}\.positions marks 16 columns in row 0, group 0"),
         ("outlier_positions", lambda t: torch.full_like(t, 200), rf"{LAYER}\.outlier_positions "),
     ],
 )
