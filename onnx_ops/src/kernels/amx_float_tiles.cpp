@@ -156,10 +156,8 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   };
   float* sums = reinterpret_cast<float*>(memory + plan.sums);
   const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
-  const auto run = [&](auto* unpacker) {
-    const TileRun tile_run(l, rows, p.ActivationBytes(), kFloatChunkSteps, unpacker, outliers, sums, multiply);
-    tile_run.Run(first, last, y, y_stride);
-  };
+  const TilePlan tile_plan{rows, p.ActivationBytes(), kFloatChunkSteps, 2, outliers, nullptr, sums};
+  const auto run = [&](auto* unpacker) { TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride); };
   if constexpr (dtype == NM_INT8) {
     WithIntegerUnpacker<IntegerTerms, Int8>(l, plan, memory, run);
   } else if constexpr (dtype == NM_INT4) {

@@ -106,9 +106,9 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   };
   float* sums = reinterpret_cast<float*>(memory + plan.sums);
   const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
+  const TilePlan tile_plan{rows, p.ActivationBytes(), kChunkSteps, 2, outliers, nullptr, sums};
   WithIntegerUnpacker<OffsetBytes, Weights>(l, plan, memory, [&](auto* unpacker) {
-    const TileRun run(l, rows, p.ActivationBytes(), kChunkSteps, unpacker, outliers, sums, multiply);
-    run.Run(first, last, y, y_stride);
+    TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride);
   });
 }
 

@@ -49,8 +49,10 @@ inline void Transpose(__m512 (&v)[16]) {
   }
 }
 
-// lanes[column][row] of a[count, in_features], zeros in the rows and columns behind them; columns is a multiple of 16.
-inline void PackLanes(const Layout& l, const float* a, int64_t count, int64_t columns, float* lanes) {
+// lanes[column][row], with `stride` floats from column to column, of a[count, in_features]; zeros in the rows and
+// columns behind them. columns is a multiple of 16.
+inline void PackLanes(const Layout& l, const float* a, int64_t count, int64_t columns, float* lanes,
+                      int64_t stride = kLanes) {
   for (int64_t column = 0; column < columns; column += kLanes) {
     const __mmask16 inside = FirstLanes(l.in_features > column ? l.in_features - column : 0);
     __m512 block[16];
@@ -58,7 +60,7 @@ inline void PackLanes(const Layout& l, const float* a, int64_t count, int64_t co
       block[i] = i < count ? _mm512_maskz_loadu_ps(inside, a + i * l.in_features + column) : _mm512_setzero_ps();
     }
     Transpose(block);
-    for (int64_t i = 0; i < kLanes; ++i) _mm512_store_ps(lanes + (column + i) * kLanes, block[i]);
+    for (int64_t i = 0; i < kLanes; ++i) _mm512_store_ps(lanes + (column + i) * stride, block[i]);
   }
 }
 

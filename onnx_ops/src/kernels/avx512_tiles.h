@@ -66,42 +66,48 @@ struct Chunk {
   int64_t output;  // the first of 32, in the band
   int64_t first_step;
   int64_t last_step;
-  int64_t group;  // of activation rows, the first of one or two
+  int64_t group;  // of activation rows, the first
+};
+
+// What a kernel multiplies, and in which portions.
+struct TilePlan {
+  int64_t rows;
+  int64_t activation_bytes;
+  int64_t chunk_steps;
+  int64_t groups_at_once;
+  const float* outliers;  // activations for AddOutlierLanes
+  const float* starts;    // of the sums of each row; null for zeros
+  float* sums;
 };
 
 // Kernel::run. Unpacker: SetOutputs(band, begin, end) tells which outputs of a band come next, Unpack(begin, end,
 // first_step, last_step, fetcher) unpacks a tile of them. multiply(chunk, groups, sums, fetcher) adds to the sums of
-// one group of rows or two. The fetcher may be null.
+// some groups of rows. The fetcher may be null.
 template <class Unpacker, class Multiply>
 class TileRun {
  public:
-  TileRun(const Layout& l, int64_t rows, int64_t activation_bytes, int64_t chunk_steps, Unpacker* unpacker,
-          const float* outliers, float* sums, const Multiply& multiply)
+  TileRun(const Layout& l, const TilePlan& plan, Unpacker* unpacker, const Multiply& multiply)
       : layout_(l),
-        rows_(rows),
-        groups_(LaneGroups(rows)),
+        plan_(plan),
+        groups_(LaneGroups(plan.rows)),
         steps_(Steps(l)),
-        by_columns_(activation_bytes > kNearActivationBytes),
-        chunk_steps_(chunk_steps),
         unpacker_(unpacker),
-        outliers_(outliers),
-        sums_(sums),
         multiply_(multiply) {}
 
   void Run(int64_t first, int64_t last, float* y, int64_t y_stride) const {
     for (int64_t end; first < last; y += end - first, first = end) {
       end = Min(first + BandOutputs(groups_), last);
       const int64_t count = end - first;
-      memset(sums_, 0, static_cast<size_t>(RoundUp(count, kTileOutputs) * groups_ * kLanes) * sizeof(float));
-      if (by_columns_) {
+      StartSums(RoundUp(count, kTileOutputs));
+      if (plan_.activation_bytes > kNearActivationBytes) {
         MultiplyByColumns(first, count);
       } else {
         MultiplyByOutputs(first, count, last);
       }
-      if (layout_.row_outliers > 0) AddOutlierLanes(layout_, groups_, outliers_, first, count, sums_);
+      if (layout_.row_outliers > 0) AddOutlierLanes(layout_, groups_, plan_.outliers, first, count, plan_.sums);
       for (int64_t o = 0; o < count; o += kTileOutputs) {
         for (int64_t group = 0; group < groups_; ++group) {
-          StoreLanes(SumsAt(o, group), rows_ - group * kLanes, Min(kTileOutputs, count - o),
+          StoreLanes(SumsAt(o, group), plan_.rows - group * kLanes, Min(kTileOutputs, count - o),
                      y + o + group * kLanes * y_stride, y_stride);
         }
       }
@@ -109,42 +115,49 @@ class TileRun {
   }
 
  private:
-  float* SumsAt(int64_t o, int64_t group) const { return sums_ + (o / kTileOutputs * groups_ + group) * kTileSums; }
-  int64_t Chunks() const { return (steps_ + chunk_steps_ - 1) / chunk_steps_; }
+  void StartSums(int64_t outputs) const {
+    for (int64_t i = 0; i < outputs * groups_; ++i) {
+      const int64_t group = i / kTileOutputs % groups_;
+      const __m512 start =
+          plan_.starts == nullptr ? _mm512_setzero_ps() : _mm512_load_ps(plan_.starts + group * kLanes);
+      _mm512_store_ps(plan_.sums + i * kLanes, start);
+    }
+  }
+  float* SumsAt(int64_t o, int64_t group) const {
+    return plan_.sums + (o / kTileOutputs * groups_ + group) * kTileSums;
+  }
+  int64_t Chunks() const { return (steps_ + plan_.chunk_steps - 1) / plan_.chunk_steps; }
 
   void MultiplyByOutputs(int64_t first, int64_t count, int64_t last) const {
     for (int64_t o = 0; o < count; o += kTileOutputs) {
       const int64_t next = first + o + kTileOutputs;
       Fetcher fetcher(layout_, next, Min(next + kTileOutputs, last), Chunks() * kFetchTurns);
       unpacker_->SetOutputs(first, o, Min(o + kTileOutputs, count));
-      for (int64_t step = 0; step < steps_; step += chunk_steps_) MultiplyChunk(o, count, step, &fetcher);
+      for (int64_t step = 0; step < steps_; step += plan_.chunk_steps) MultiplyChunk(o, count, step, &fetcher);
     }
   }
 
   void MultiplyByColumns(int64_t first, int64_t count) const {
     unpacker_->SetOutputs(first, 0, count);
-    for (int64_t step = 0; step < steps_; step += chunk_steps_) {
+    for (int64_t step = 0; step < steps_; step += plan_.chunk_steps) {
       for (int64_t o = 0; o < count; o += kTileOutputs) MultiplyChunk(o, count, step, nullptr);
     }
   }
 
   void MultiplyChunk(int64_t o, int64_t count, int64_t step, Fetcher* fetcher) const {
-    const int64_t last_step = Min(step + chunk_steps_, steps_);
+    const int64_t last_step = Min(step + plan_.chunk_steps, steps_);
     unpacker_->Unpack(o, Min(o + kTileOutputs, count), step, last_step, fetcher);
-    for (int64_t group = 0; group < groups_; group += 2) {
-      multiply_({o, step, last_step, group}, Min(2, groups_ - group), SumsAt(o, group), fetcher);
+    for (int64_t group = 0; group < groups_; group += plan_.groups_at_once) {
+      const int64_t groups = Min(plan_.groups_at_once, groups_ - group);
+      multiply_({o, step, last_step, group}, groups, SumsAt(o, group), fetcher);
     }
   }
 
   const Layout& layout_;
-  const int64_t rows_;
+  const TilePlan& plan_;
   const int64_t groups_;
   const int64_t steps_;
-  const bool by_columns_;
-  const int64_t chunk_steps_;
   Unpacker* const unpacker_;
-  const float* const outliers_;
-  float* const sums_;
   const Multiply& multiply_;
 };
 

@@ -38,6 +38,7 @@ struct Registry {
     Append(Avx512IntegerTiles());
     Append(Avx512IntegerRows());
     Append(Avx512FloatRows());
+    Append(Avx512FloatPanels());
 #endif
 #if defined(NM_HAVE_X86_KERNELS)
     Append(Avx2IntegerRows());

@@ -260,6 +260,15 @@ inline __m512i _mm512_inserti64x4(__m512i v, const __m256i& piece, int half) {
 inline __m512 _mm512_mask_expand_ps(const __m512& source, __mmask16 k, const __m512& a) {
   return nm_emulated::Expand<float>(source, k, a);
 }
+// The bytes whose bit is set, one after the other, then zeros.
+inline __m512i _mm512_maskz_compress_epi8(__mmask64 k, const __m512i& a) {
+  __m512i result = {};
+  int next = 0;
+  for (int i = 0; i < 64; ++i) {
+    if ((k >> i & 1) != 0) result.bytes[next++] = a.bytes[i];
+  }
+  return result;
+}
 inline __m512i _mm512_mask_expand_epi8(const __m512i& source, __mmask64 k, const __m512i& a) {
   return nm_emulated::Expand<uint8_t>(source, k, a);
 }
