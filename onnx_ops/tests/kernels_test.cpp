@@ -9,6 +9,10 @@
 
 #include "packed_weight.h"
 
+#if defined(NM_EMULATE_AVX512)
+#include "immintrin.h"
+#endif
+
 namespace nm_test {
 namespace {
 
@@ -281,6 +285,23 @@ void TestHalfConversions() {
   }
 }
 
+// A thread's tile configuration is found afterwards as it was before, whoever made it.
+void TestTileConfiguration([[maybe_unused]] std::mt19937& random) {
+#if defined(NM_EMULATE_AVX512)
+  const uint8_t none[64] = {}, others[64] = {1, 3, 5};
+  for (const uint8_t* before : {none, others}) {
+    _tile_loadconfig(before);
+    for (int dtype : {NM_FLOAT32, NM_FLOAT16, NM_BFLOAT16, NM_INT8, NM_INT4}) {
+      CheckShape({100, 40, 8, 16, dtype, NM_BITMAP, 128, 0, 0, 0}, 20, false, random);
+    }
+    uint8_t after[64];
+    _tile_storeconfig(after);
+    if (memcmp(before, after, sizeof(after)) != 0) Report("tile configuration", "is another after a product");
+  }
+  _tile_release();
+#endif
+}
+
 }  // namespace
 }  // namespace nm_test
 
@@ -292,6 +313,7 @@ int main(int argc, char** argv) {
   nm_test::TestRandomShapes(random, count);
   nm_test::TestManyRows(random, count / 10);
   nm_test::TestHostileWeights(random, 4 * count);
+  nm_test::TestTileConfiguration(random);
   printf("%lld products on %s and below, %d failures; %s is in use\n", static_cast<long long>(nm_test::products),
          nm::IsaName(nm::BestIsa()), nm_test::failures, nm_isa());
   return nm_test::failures == 0 ? 0 : 1;

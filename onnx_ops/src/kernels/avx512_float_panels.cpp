@@ -6,9 +6,8 @@
 namespace nm {
 namespace {
 
-constexpr int64_t kMostGroups =
-    4;  // of a panel: a step of its activations and a tile of its sums stay in the first-level cache
-constexpr int64_t kListSteps = 8;  // unpacked at a time
+constexpr int64_t kMostGroups = 4;  // of a panel: a step of it and a tile of its sums stay in the first-level cache
+constexpr int64_t kListSteps = 8;   // unpacked at a time
 
 // Activations: float32[panel][column][group of the panel][row]; starts[row] is NaN where an activation is not finite:
 // such a row's outputs are NaN in a dense product, and skipped weights must not hide it.
