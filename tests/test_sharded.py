@@ -144,8 +144,8 @@ def test_missing_and_damaged_files_are_named(folder):
         stream.seek(int(next(entry.value for entry in place.external_data if entry.key == "offset")))
         stream.write(b"\xff\xff")
     (problem,) = verify_checkpoint(folder).problems
-    assert problem.startswith(f"{name} has code 16383 in row 0, group 0")
-    with pytest.raises(NMError, match=r"row 0, group 0 has the code 16383"):
+    assert problem.startswith(f"{name} marks 16 columns in row 0, group 0")
+    with pytest.raises(NMError, match=r"row 0, group 0 marks 16 columns"):
         OnnxDecoder(path, session_options(1))
     damaged.unlink()
     assert verify_checkpoint(folder).problems == [f"{damaged} cannot be read (No such file or directory)."]
