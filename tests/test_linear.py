@@ -27,7 +27,8 @@ def test_multiplies_by_the_unpacked_weight(dtype, positions):
     layer = packed_layer(dtype, positions=positions)
     for shape in [(300,), (1, 300), (2, 5, 300), (0, 300)]:
         inputs = torch.randn(shape)
-        torch.testing.assert_close(layer(inputs), dense_forward(layer, inputs), rtol=1e-5, atol=1e-4)
+        # 1e-5 of the magnitudes, about 100, that are summed.
+        torch.testing.assert_close(layer(inputs), dense_forward(layer, inputs), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float16, 3e-2), (torch.bfloat16, 3e-1)])

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 class RandomLayer:
     """Tensors of a random weight `[out_features, in_features]` in every form that a kernel reads.
 
-    Products keep the variance of what they multiply, so that no chain overflows.
+    Products nearly keep the variance of what they multiply, so that no chain leaves the range of float32.
     """
 
     def __init__(self, in_features: int, out_features: int, seed: int = 0) -> None:
@@ -50,8 +50,12 @@ class RandomLayer:
 
     @property
     def _deviation(self) -> float:
-        """Of base and outlier values."""
-        return (self.in_features * (PATTERN.density + OUTLIERS.k / OUTLIERS.block)) ** -0.5
+        """Of base and outlier values, halfway between what chains with and without outliers would keep.
+
+        Of a thousand layers, either alone would lead the other out of the range of float32.
+        """
+        with_outliers = PATTERN.density + OUTLIERS.k / OUTLIERS.block
+        return (self.in_features * (PATTERN.density * with_outliers) ** 0.5) ** -0.5
 
     def _normal(self, shape: tuple[int, ...], deviation: float) -> npt.NDArray[np.float32]:
         values = self._random.standard_normal(shape, dtype=np.float32)
