@@ -159,9 +159,9 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   const TilePlan tile_plan{rows, p.ActivationBytes(), kFloatChunkSteps, 2, outliers, nullptr, sums};
   const auto run = [&](auto* unpacker) { TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride); };
   if constexpr (dtype == NM_INT8) {
-    WithIntegerUnpacker<IntegerTerms, Int8>(l, plan, memory, run);
+    WithIntegerUnpacker<TermStep, Int8>(l, plan, memory, run);
   } else if constexpr (dtype == NM_INT4) {
-    WithIntegerUnpacker<IntegerTerms, Int4>(l, plan, memory, run);
+    WithIntegerUnpacker<TermStep, Int4>(l, plan, memory, run);
   } else {
     WithFloatUnpacker<dtype>(l, plan, memory, run);
   }

@@ -20,6 +20,7 @@ class TileProduct {
   // The products of a block are scaled and added while the tiles of the next are multiplied.
   template <int groups>
   void Multiply(const Chunk& chunk, float* sums, Fetcher* fetcher) const {
+    TileFence();
     alignas(64) int32_t products[2][groups * kTileSums];
     const int64_t first = chunk.first_step / block_steps_;
     const int64_t last = (chunk.last_step + block_steps_ - 1) / block_steps_;
@@ -111,25 +112,7 @@ template <template <Density> class Weights>
 void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
          int64_t y_stride) {
   const WholeTiles tiles;
-  const PackedTiles p(l, rows);
-  const TileScratch plan = IntegerTileScratch(l, rows);
-  const uint8_t* activations = static_cast<const uint8_t*>(packed);
-  uint8_t* memory = static_cast<uint8_t*>(scratch);
-  const TileProduct product(l, p, plan, activations, memory);
-  const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
-    TileFence();
-    if (groups == 2) {
-      product.Multiply<2>(chunk, sums, fetcher);
-    } else {
-      product.Multiply<1>(chunk, sums, fetcher);
-    }
-  };
-  float* sums = reinterpret_cast<float*>(memory + plan.sums);
-  const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
-  const TilePlan tile_plan{rows, p.ActivationBytes(), kChunkSteps, 2, outliers, nullptr, sums};
-  WithIntegerUnpacker<SignedBytes, Weights>(l, plan, memory, [&](auto* unpacker) {
-    TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride);
-  });
+  RunIntegerTiles<SignedStep, Weights, TileProduct>(l, rows, packed, first, last, scratch, y, y_stride);
 }
 
 constexpr Kernel kKernels[] = {

@@ -71,8 +71,6 @@ inline void PackTerms(const Layout& l, const float* a, int64_t first, int64_t co
   const PackedTerms p(l, rows);
   uint8_t* base = static_cast<uint8_t*>(packed);
   const int64_t group = first / kLanes;
-  const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                            _mm512_set1_epi32(static_cast<int>(kLanes)));
   uint8_t* to = base + p.terms + group * PackedTerms::kBytes;
   for (int64_t column = 0; column < p.steps * kStep; column += 32, to += p.groups * PackedTerms::kBytes) {
     const int64_t left = l.in_features > column ? l.in_features - column : 0;
@@ -83,9 +81,8 @@ inline void PackTerms(const Layout& l, const float* a, int64_t first, int64_t co
         low = _mm512_maskz_loadu_ps(inside, a + row * l.in_features + column);
         high = _mm512_maskz_loadu_ps(inside_next, a + row * l.in_features + column + 16);
       }
-      SplitFloats<kActivationTerms>(low, high, [&](int term, __m512i bits) {
-        _mm512_i32scatter_epi32(to + term * kTileBytes + 4 * row, places, bits, 4);
-      });
+      SplitFloats<kActivationTerms>(low, high,
+                                    [&](int term, __m512i bits) { StoreToLane(bits, row, to + term * kTileBytes); });
     }
   }
   if (l.row_outliers > 0) {
@@ -153,25 +150,10 @@ struct FloatTerms {
 };
 
 // Integers without their scales.
-template <class Weights, class Rest>
-struct IntegerTerms {
+struct TermStep {
   static constexpr int64_t kBytes = kPairBytes;
-  using Row = IntegerValues;
-  const IntegerReader<Weights, Rest> reader;
-
-  explicit IntegerTerms(const Layout& l) : reader(l) {}
-  Row Open(int64_t output, uint8_t* copy) const { return reader.Row(output, copy); }
-  int64_t WholeSteps() const { return reader.whole_steps; }
-  void StoreInPlace(const Row& row, int64_t step, uint64_t mask, uint8_t* to) const {
-    StoreStep(reader.LoadInPlace(row, step, mask), to);
-  }
-  void Store(const Row& row, int64_t step, uint64_t mask, uint8_t* to) const {
-    StoreStep(reader.Load(row, step, mask), to);
-  }
-
- private:
-  void StoreStep(__m512i w, uint8_t* to) const {
-    const __m512i q = _mm512_sub_epi8(w, reader.offset);
+  static void Store(__m512i w, __m512i offset, uint8_t* to) {
+    const __m512i q = _mm512_sub_epi8(w, offset);
     StoreHalf(_mm512_castsi512_si256(q), to);
     StoreHalf(_mm512_extracti64x4_epi64(q, 1), to + kTileBytes);
   }

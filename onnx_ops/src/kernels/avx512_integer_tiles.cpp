@@ -89,34 +89,11 @@ class DotProduct {
   const float* const scales_;
 };
 
-template <template <Density> class Weights>
-void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
-         int64_t y_stride) {
-  const PackedTiles p(l, rows);
-  const TileScratch plan = IntegerTileScratch(l, rows);
-  const uint8_t* activations = static_cast<const uint8_t*>(packed);
-  uint8_t* memory = static_cast<uint8_t*>(scratch);
-  const DotProduct product(l, p, plan, activations, memory);
-  const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
-    if (groups == 2) {
-      product.Multiply<2>(chunk, sums, fetcher);
-    } else {
-      product.Multiply<1>(chunk, sums, fetcher);
-    }
-  };
-  float* sums = reinterpret_cast<float*>(memory + plan.sums);
-  const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
-  const TilePlan tile_plan{rows, p.ActivationBytes(), kChunkSteps, 2, outliers, nullptr, sums};
-  WithIntegerUnpacker<OffsetBytes, Weights>(l, plan, memory, [&](auto* unpacker) {
-    TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride);
-  });
-}
-
 constexpr Kernel kKernels[] = {
     {"int8 tiles, int8 activations", Isa::kAvx512, true, kLeastRows, kAny, SupportsTiles<NM_INT8>, PackedTilesBytes,
-     PackGroup, IntegerTileScratchBytes, Run<Int8>},
+     PackGroup, IntegerTileScratchBytes, RunIntegerTiles<OffsetStep, Int8, DotProduct>},
     {"int4 tiles, int8 activations", Isa::kAvx512, true, kLeastRows, kAny, SupportsTiles<NM_INT4>, PackedTilesBytes,
-     PackGroup, IntegerTileScratchBytes, Run<Int4>},
+     PackGroup, IntegerTileScratchBytes, RunIntegerTiles<OffsetStep, Int4, DotProduct>},
 };
 
 }  // namespace

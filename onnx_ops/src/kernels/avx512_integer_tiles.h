@@ -47,8 +47,6 @@ inline void PackGroup(const Layout& l, const float* a, int64_t first, int64_t co
   uint8_t* base = static_cast<uint8_t*>(packed);
   const int64_t group = first / kLanes;
   const int64_t block = BlockColumns(l);
-  const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                            _mm512_set1_epi32(static_cast<int>(kLanes)));
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t columns = Min(block, l.in_features - b * block);
     uint8_t* steps = base + p.bytes + (b * block / kStep * p.groups + group) * kStepBytes;
@@ -63,8 +61,7 @@ inline void PackGroup(const Layout& l, const float* a, int64_t first, int64_t co
       starts[row] = 0;
       for (int32_t lane : lanes) starts[row] += lane;
       for (int64_t i = 0; i * kStep < columns; ++i) {
-        const __m512i step = _mm512_load_si512(bytes + i * kStep);
-        _mm512_i32scatter_epi32(steps + i * p.groups * kStepBytes + 4 * row, places, step, 4);
+        StoreToLane(_mm512_load_si512(bytes + i * kStep), row, steps + i * p.groups * kStepBytes);
       }
     }
   }
@@ -79,58 +76,82 @@ inline TileScratch IntegerTileScratch(const Layout& l, int64_t rows) {
 }
 inline size_t IntegerTileScratchBytes(const Layout& l, int64_t rows) { return IntegerTileScratch(l, rows).total; }
 
-// Bytes of 64 columns: q, or q + offset.
-template <class Weights, class Rest, bool is_signed>
-struct StoredBytes {
-  static constexpr int64_t kBytes = kStepBytes;
+// Integer weights a step at a time: Step::Store(w, offset, to) stores 64 columns, given as q + offset.
+template <class Weights, class Rest, class Step>
+struct IntegerSteps {
+  static constexpr int64_t kBytes = Step::kBytes;
   using Row = IntegerValues;
   const IntegerReader<Weights, Rest> reader;
 
-  explicit StoredBytes(const Layout& l) : reader(l) {}
+  explicit IntegerSteps(const Layout& l) : reader(l) {}
   Row Open(int64_t output, uint8_t* copy) const { return reader.Row(output, copy); }
   int64_t WholeSteps() const { return reader.whole_steps; }
   void StoreInPlace(const Row& row, int64_t step, uint64_t mask, uint8_t* to) const {
-    StoreStep(reader.LoadInPlace(row, step, mask), to);
+    Step::Store(reader.LoadInPlace(row, step, mask), reader.offset, to);
   }
   void Store(const Row& row, int64_t step, uint64_t mask, uint8_t* to) const {
-    StoreStep(reader.Load(row, step, mask), to);
-  }
-
- private:
-  void StoreStep(__m512i w, uint8_t* to) const {
-    _mm512_store_si512(to, is_signed ? _mm512_sub_epi8(w, reader.offset) : w);
+    Step::Store(reader.Load(row, step, mask), reader.offset, to);
   }
 };
-template <class Weights, class Rest>
-using SignedBytes = StoredBytes<Weights, Rest, true>;
-template <class Weights, class Rest>
-using OffsetBytes = StoredBytes<Weights, Rest, false>;
+
+struct SignedStep {
+  static constexpr int64_t kBytes = kStepBytes;
+  static void Store(__m512i w, __m512i offset, uint8_t* to) { _mm512_store_si512(to, _mm512_sub_epi8(w, offset)); }
+};
+struct OffsetStep {
+  static constexpr int64_t kBytes = kStepBytes;
+  static void Store(__m512i w, __m512i, uint8_t* to) { _mm512_store_si512(to, w); }
+};
 
 template <int dtype>
 bool SupportsTiles(const Layout& l) {
   return Supports<dtype>(l) && l.in_features <= kMostTileColumns;
 }
 
-// Calls run with what unpacks an integer weight; Steps<Weights, Rest> stores a step.
-template <template <class, class> class Steps, template <Density> class Weights, class Run>
+// Calls run with what unpacks an integer weight, in steps as Step stores them.
+template <class Step, template <Density> class Weights, class Run>
 void WithIntegerUnpacker(const Layout& l, const TileScratch& plan, uint8_t* scratch, const Run& run) {
   constexpr Density kHalf = Density::kHalf;
   constexpr Density kGeneral = Density::kGeneral;
   constexpr Density kDense = Density::kDense;
   const Density density = DensityOf(l);
   if (density == kDense) {
-    TileUnpacker<Steps<Weights<kDense>, Int8<kDense>>, StoredMasks> unpacker(l, plan, scratch);
+    TileUnpacker<IntegerSteps<Weights<kDense>, Int8<kDense>, Step>, StoredMasks> unpacker(l, plan, scratch);
     run(&unpacker);
   } else if (density == kGeneral) {
-    TileUnpacker<Steps<Weights<kGeneral>, Int8<kGeneral>>, StoredMasks> unpacker(l, plan, scratch);
+    TileUnpacker<IntegerSteps<Weights<kGeneral>, Int8<kGeneral>, Step>, StoredMasks> unpacker(l, plan, scratch);
     run(&unpacker);
   } else if (ReadsCodes(l, 1)) {
-    TileUnpacker<Steps<Weights<kHalf>, Int8<kHalf>>, CodeMasks> unpacker(l, plan, scratch);
+    TileUnpacker<IntegerSteps<Weights<kHalf>, Int8<kHalf>, Step>, CodeMasks> unpacker(l, plan, scratch);
     run(&unpacker);
   } else {
-    TileUnpacker<Steps<Weights<kHalf>, Int8<kHalf>>, StoredMasks> unpacker(l, plan, scratch);
+    TileUnpacker<IntegerSteps<Weights<kHalf>, Int8<kHalf>, Step>, StoredMasks> unpacker(l, plan, scratch);
     run(&unpacker);
   }
+}
+
+// Kernel::run of int8 activations. Product::Multiply<groups>(chunk, sums, fetcher) multiplies by one or two groups.
+template <class Step, template <Density> class Weights, class Product>
+void RunIntegerTiles(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch,
+                     float* y, int64_t y_stride) {
+  const PackedTiles p(l, rows);
+  const TileScratch plan = IntegerTileScratch(l, rows);
+  const uint8_t* activations = static_cast<const uint8_t*>(packed);
+  uint8_t* memory = static_cast<uint8_t*>(scratch);
+  const Product product(l, p, plan, activations, memory);
+  const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
+    if (groups == 2) {
+      product.template Multiply<2>(chunk, sums, fetcher);
+    } else {
+      product.template Multiply<1>(chunk, sums, fetcher);
+    }
+  };
+  float* sums = reinterpret_cast<float*>(memory + plan.sums);
+  const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
+  const TilePlan tile_plan{rows, p.ActivationBytes(), kChunkSteps, 2, outliers, nullptr, sums};
+  WithIntegerUnpacker<Step, Weights>(l, plan, memory, [&](auto* unpacker) {
+    TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride);
+  });
 }
 
 }  // namespace
