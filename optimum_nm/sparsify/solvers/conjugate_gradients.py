@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def conjugate_gradients(weight: Tensor, start: Tensor, kept: Tensor, gram: Tensor, rounds: int = 10) -> Tensor:
+def conjugate_gradients(weight: Tensor, start: Tensor, kept: Tensor, gram: Tensor, rounds: int = 8) -> Tensor:
     """Lower tr[(W−Ŵ)G(W−Ŵ)ᵀ] over the values of Ŵ at `kept`, all rows at once (Meng et al., ALPS, 2406.07831 §3.3).
 
     Args:
