@@ -86,5 +86,5 @@ def _walk(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Iterator[tuple[La
         step = replace(layer, pattern=pattern)
         if not pattern.is_dense:
             kept = best_support(current.abs(), step).to(weight.device)
-            current = conjugate_gradients(target, current * kept, kept, matrix, ROUNDS)
+            current = conjugate_gradients(target, current * kept, kept, matrix, rounds=ROUNDS)
         yield step, Solution(current / scale, *best_masks(current.abs(), step))

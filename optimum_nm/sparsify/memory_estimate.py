@@ -14,6 +14,7 @@ from .layer import needs_gram, whole_block_at_once
 from .statistics import FLOAT32, in_parts, statistics_bytes
 
 SOLVER_COPIES = 8  # of the layer that is being solved, in float32
+SOLVER_GRAM_COPIES = {"admm": 3, "sparsegpt": 3, "alps": 8}  # of its Gram matrix, in float32
 DISTILLATION_COPIES = 6  # of all blocks' weights, in float32: masters, gradients, moments, the best so far, and masks
 HIDDEN_COPIES = 13  # that a block keeps of a token for its gradient, beside what its linears take and give
 LOGITS_COPIES = 4  # of a batch, in float32: of both models, their gradient, probabilities
@@ -30,21 +31,24 @@ def activation_bytes(model: PreTrainedModel, windows: Tensor, config: NMConfig) 
 def estimate_bytes(weights: Weights, blocks: nn.ModuleList, windows: Tensor, config: NMConfig, spilled: bool) -> int:
     """Memory of the process at most: what it has now, and what embeddings or, if it is more, the largest block adds.
 
-    A block adds its weights, with those of the next, where they are streamed; the solver's copies of its largest layer,
-    Gram matrices or sampled inputs, the intermediate results of one batch, and training's copies. Hidden states that
-    are not `spilled` stay.
+    A block adds its weights, with those of the next, where they are streamed; the solver's copies of its largest layer
+    and of the Gram matrix of that one, Gram matrices or sampled inputs, the intermediate results of one batch, and
+    training's copies. Hidden states that are not `spilled` stay.
     """
     model, tuning = weights.model, config.finetune_settings
     shapes = [[tuple(dense_weight(module).shape) for module in linear_layers(block).values()] for block in blocks]
     size = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-    layer = max(outputs * inputs for block in shapes for outputs, inputs in block)
+    gram_copies = SOLVER_GRAM_COPIES.get(config.solver, 0)
+    layer = max(
+        SOLVER_COPIES * outputs * inputs + gram_copies * inputs**2 for block in shapes for outputs, inputs in block
+    )
     widest = max(width for block in shapes for shape in block for width in shape)
     tokens = tuning.batch_size * windows.shape[1] if tuning else max(TOKENS_PER_BATCH, windows.shape[1])
     element = model.dtype.itemsize
     block_bytes = (
         2 * size * element * weights.streamed
         + INTERMEDIATES * min(tokens, windows.numel()) * widest * element
-        + FLOAT32 * (SOLVER_COPIES * layer + TRAINING_COPIES * size * (tuning is not None))
+        + FLOAT32 * (layer + TRAINING_COPIES * size * (tuning is not None))
         + max(_statistics_bytes(block, config) for block in blocks)
     )
     around = sum(parameter.numel() for parameter in model.parameters()) - sum(

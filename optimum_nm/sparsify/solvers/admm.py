@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from ...config import LayerConfig
 from ...packing.row_blocks import row_blocks
 from ..mask import best_masks, best_support
 from .conjugate_gradients import conjugate_gradients
+from .products import product_with
 from .solution import Solution, normalized
 
 DAMPING = 0.1
@@ -27,35 +29,40 @@ def admm(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
     In each round the mask is chosen anew from the iterate, its size falling cubically to N of M; conjugate gradients
     finish the values.
     """
-    matrix, scale = normalized(gram, DAMPING)
-    eye = torch.eye(len(gram), dtype=matrix.dtype, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix + PENALTY * eye)).float()
-    matrix = matrix.float()
-    parts = [
-        _solve_rows(weight[rows] * scale, matrix, inverse, layer)
-        for rows in row_blocks(*weight.shape, ELEMENTS_AT_ONCE)
-    ]
+    matrix, scale = normalized(gram, DAMPING, torch.float32)
+    by_matrix, by_inverse = product_with(matrix), product_with(_inverse(matrix))
+    parts = []
+    for rows in row_blocks(*weight.shape, ELEMENTS_AT_ONCE):
+        target = weight[rows] * scale
+        current, mask, outlier_mask = _choose_rows(target, target @ matrix, by_inverse, layer)
+        kept = (mask if outlier_mask is None else mask | outlier_mask).to(weight.device)
+        parts.append((conjugate_gradients(target, current * kept, kept, matrix, by_matrix), mask, outlier_mask))
     values, masks, outlier_masks = zip(*parts, strict=True)
     outlier_mask = None if layer.outliers is None else torch.cat(outlier_masks)
     return Solution(torch.cat(values) / scale, torch.cat(masks), outlier_mask)
 
 
-def _solve_rows(
-    target: Tensor, matrix: Tensor, inverse: Tensor, layer: LayerConfig
+def _inverse(matrix: Tensor) -> Tensor:
+    """That of matrix + PENALTY · I, which is far from singular: float32 will do."""
+    inverse = matrix.clone()
+    inverse.diagonal().add_(PENALTY)
+    torch.linalg.cholesky(inverse, out=inverse)
+    return torch.cholesky_inverse(inverse, out=inverse)
+
+
+def _choose_rows(
+    target: Tensor, constant: Tensor, by_inverse: Callable[[Tensor], Tensor], layer: LayerConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values, base and outliers of some rows of the weight, which are independent of the others."""
-    constant = target @ matrix
+    """The last iterate, base and outliers of some rows of the weight, which are independent of the others."""
     current, dual = target, torch.zeros_like(target)
     for round_ in range(1, ROUNDS):
         current = current + dual
         kept = best_support(current.abs(), _less_pruned(layer, round_)).to(current.device)
         pruned = current * kept
         dual = current - pruned
-        current = torch.sub(pruned, dual).mul_(PENALTY).add_(constant) @ inverse
-    current += dual
-    mask, outlier_mask = best_masks(current.abs(), layer)
-    kept = (mask if outlier_mask is None else mask | outlier_mask).to(current.device)
-    return conjugate_gradients(target, current * kept, kept, matrix), mask, outlier_mask
+        current = by_inverse(torch.sub(pruned, dual).mul_(PENALTY).add_(constant))
+    current = current + dual
+    return current, *best_masks(current.abs(), layer)
 
 
 def _less_pruned(layer: LayerConfig, round_: int) -> LayerConfig:

@@ -40,8 +40,8 @@ def damped(gram: Tensor, share: float, dtype: torch.dtype = torch.float64) -> Te
     return gram
 
 
-def normalized(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """G with a unit diagonal, damped, in float64, and the scale: columns of W times it are what goes with that G."""
+def normalized(gram: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """G with a unit diagonal, damped, and the scale: columns of W times it are what goes with that G."""
     scale = gram.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
-    return damped(gram / scale.outer(scale), damping), scale
+    return damped((gram / scale).div_(scale[:, None]), damping, dtype), scale
