@@ -15,7 +15,8 @@ from optimum_nm.packing.packed_weight import PackedWeight
 from optimum_nm.patterns import NMPattern, OutlierPattern
 from optimum_nm.sparsify.layer import solve_layer
 from optimum_nm.sparsify.mask import best_masks, best_support, choose_masks
-from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, quantize_solution
+from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, products, quantize_solution
+from optimum_nm.sparsify.solvers.products import product_with
 from optimum_nm.sparsify.solvers.sparsegpt import inverse_factor
 from optimum_nm.sparsify.statistics import StatisticsCollector
 
@@ -130,6 +131,54 @@ def test_conjugate_gradients_reach_the_least_squares_values_of_a_mask():
         values = torch.linalg.solve(gram[index][:, index].double(), gram[index].double() @ weight[row].double())
         assert torch.allclose(refined[row, index].double(), values, rtol=1e-2, atol=1e-3)
     assert not refined[~kept].any()
+
+
+@pytest.fixture
+def bfloat16_tiles(monkeypatch):
+    """A processor that multiplies bfloat16 in tiles, as far as `product_with` knows."""
+    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "LEAST_WIDTH", 96)
+
+
+def test_quick_product_is_wrong_by_little_of_what_is_off_the_diagonal(bfloat16_tiles):
+    inputs, gram = problem()
+    others = gram - gram.diagonal().diag()
+    off = (product_with(gram)(inputs).double() - inputs.double() @ gram.double()).abs()
+    assert off.max() > 0
+    assert (off <= 2.0**-7 * (inputs.abs() @ others.abs()) + 1e-5 * (inputs @ gram).abs()).all()
+    diagonal = gram.diagonal().diag()
+    torch.testing.assert_close(product_with(diagonal)(inputs), inputs @ diagonal)
+
+
+def test_product_is_exact_elsewhere(monkeypatch):
+    inputs, gram = problem()
+    assert torch.equal(product_with(gram)(inputs), inputs @ gram)  # narrow
+    monkeypatch.setattr(products, "LEAST_WIDTH", 96)
+    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: False)
+    assert torch.equal(product_with(gram)(inputs), inputs @ gram)
+
+
+@pytest.mark.parametrize("outliers", [None, "4:32"])
+def test_admm_makes_up_for_quick_products(outliers, monkeypatch):
+    weight, gram = problem(rows=64, columns=256)
+    layer, errors = layer_config("8:16", outliers), []
+    monkeypatch.setattr(products, "LEAST_WIDTH", 256)
+    for quick in (False, True):
+        monkeypatch.setattr(products, "_multiplies_bfloat16", lambda quick=quick: quick)
+        errors.append(error(weight, SOLVERS["admm"](weight, gram, layer).weight, gram))
+    assert errors[1] != errors[0]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
+def test_admm_solves_some_rows_at_a_time(monkeypatch):
+    weight, gram = problem(rows=16)
+    layer = layer_config("8:16", "4:32")
+    whole = SOLVERS["admm"](weight, gram, layer)
+    monkeypatch.setattr(sys.modules["optimum_nm.sparsify.solvers.admm"], "ELEMENTS_AT_ONCE", 5 * weight.shape[1])
+    parts = SOLVERS["admm"](weight, gram, layer)
+    assert parts.mask.shape == parts.outlier_mask.shape == weight.shape
+    assert (parts.kept == whole.kept).float().mean() > 0.99
+    assert error(weight, parts.weight, gram) == pytest.approx(error(weight, whole.weight, gram), rel=0.01)
 
 
 def packed_error(weight, solution, gram, layer):

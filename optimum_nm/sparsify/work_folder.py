@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -204,7 +204,7 @@ class WorkFolder:
                 target.rename(self.path / _REPLACED)
             checkpoint.rename(target)
             sync_folder(target.parent)
-            shutil.rmtree(self.path)
+            _remove(self.path)
 
     def _check_parts(self) -> None:
         for name, (location, checksum) in self.tensors().items():
@@ -290,22 +290,34 @@ def _opened(path: Path, restart: bool) -> Iterator[None]:
 def remove_left_over(target: Path) -> None:
     """Remove the folder of a run whose checkpoint has taken its name, where only this was cut short."""
     path = _path(target)
-    if (path / _MANIFEST).exists() and target.exists() and not (path / _CHECKPOINT).exists():
+    if not target.exists() or not path.exists() or (path / _CHECKPOINT).exists():
+        return
+    with suppress(Timeout), FileLock(path / _LOCK, timeout=0):
         manifest = WorkFolder(path).manifest
-        if manifest is not None and manifest.published:
-            shutil.rmtree(path)
+        if manifest.published if manifest is not None else _only_lock(path):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """With the manifest after everything that it names, so that what is left if this is cut short can be told."""
+    _clear(path, but=_MANIFEST)
+    shutil.rmtree(path)
 
 
 def _path(target: Path) -> Path:
     return target.with_name(f".{target.name}.nm-partial")
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, but: str = _LOCK) -> None:
     for file in path.iterdir():
         if file.is_dir():
             shutil.rmtree(file)
-        elif file.name != _LOCK:
+        elif file.name not in (_LOCK, but):
             file.unlink()
+
+
+def _only_lock(path: Path) -> bool:
+    return all(file.name == _LOCK for file in path.iterdir())
 
 
 def _how_to_go_on(work: WorkFolder | None) -> str:
