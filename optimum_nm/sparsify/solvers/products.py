@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Narrower layers take little time, and are the same on every processor.
+# Narrower layers take little time, and come out alike on every processor.
 LEAST_WIDTH = 2048
 
 
@@ -16,8 +16,8 @@ def product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     """The function X ↦ X @ matrix, for steps of which the next one makes up for errors.
 
     Where the processor multiplies tiles of bfloat16 (AMX, five times as fast as float32), what is off the diagonal of a
-    wide one goes that way. The diagonal, which has most of the result, stays float32: the error of X @ matrix is then below 2⁻⁷ of
-    what the other columns contribute.
+    wide one goes that way. The diagonal, which has most of the result, stays float32: the error of X @ matrix is then
+    below 2⁻⁷ of what the other columns contribute.
 
     Args:
         matrix: symmetric, float32 `[in_features, in_features]`; it must not change while the function is in use.
