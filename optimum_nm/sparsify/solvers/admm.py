@@ -12,7 +12,7 @@ from ...config import LayerConfig
 from ...packing.row_blocks import row_blocks
 from ..mask import best_masks, best_support
 from .conjugate_gradients import conjugate_gradients
-from .products import product_with
+from .products import LEAST_WIDTH, product_with
 from .solution import Solution, normalized
 
 DAMPING = 0.1
@@ -43,11 +43,11 @@ def admm(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    """That of matrix + PENALTY · I, which is far from singular: float32 will do."""
-    inverse = matrix.clone()
+    """That of matrix + PENALTY · I, which is far from singular: float32 will do where float64 takes time and memory."""
+    inverse = matrix.to(torch.float64 if len(matrix) < LEAST_WIDTH else torch.float32, copy=True)
     inverse.diagonal().add_(PENALTY)
     torch.linalg.cholesky(inverse, out=inverse)
-    return torch.cholesky_inverse(inverse, out=inverse)
+    return torch.cholesky_inverse(inverse, out=inverse).float()
 
 
 def _choose_rows(

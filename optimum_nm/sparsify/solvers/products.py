@@ -32,5 +32,5 @@ def product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 cannot tell
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
     return bool(capabilities.get("amx_bf16", False))
