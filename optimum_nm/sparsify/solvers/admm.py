@@ -32,7 +32,7 @@ def admm(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
     matrix, scale = normalized(gram, DAMPING, torch.float32)
     by_matrix, by_inverse = product_with(matrix), product_with(_inverse(matrix))
     parts = []
-    for rows in row_blocks(*weight.shape, ELEMENTS_AT_ONCE):
+    for rows in row_blocks(len(weight), len(gram), ELEMENTS_AT_ONCE):
         target = weight[rows] * scale
         current, mask, outlier_mask = _choose_rows(target, target @ matrix, by_inverse, layer)
         kept = (mask if outlier_mask is None else mask | outlier_mask).to(weight.device)

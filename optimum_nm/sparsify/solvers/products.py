@@ -32,5 +32,6 @@ def product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
+    """False too where torch is too old to tell."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16", False))
