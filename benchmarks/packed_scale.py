@@ -44,7 +44,7 @@ from optimum_nm.packing.packed_weight import packed_shapes
 from optimum_nm.packing.safetensors_files import INDEX_FILE
 from optimum_nm.packing.tensor_files import write_tensors
 
-PACKING = NMConfig(weight_dtype="int4")
+PACKING = NMConfig(weight_dtype="int4", positions="codes")
 BLOCKS_PER_FILE = 8
 TEXT = "the size of a model is no reason to hold it in memory twice. " * 4
 TOKENS = 33
