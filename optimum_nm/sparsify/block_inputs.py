@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import NMError
 from .activations import Activations
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048  # products are as fast with these as with more, whose intermediate results take more memory
 
 
 class _Reached(Exception):
