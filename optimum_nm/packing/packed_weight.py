@@ -13,7 +13,7 @@ from ..errors import NMError
 from ..patterns import NMPattern, OutlierPattern
 from .codes import decode_positions
 from .pack_rows import pack_rows
-from .row_blocks import row_blocks
+from .row_blocks import for_row_blocks, row_blocks
 from .values import BIT_VIEWS, FLOAT_DTYPES, expand_scales, scale_count, unpack_integers
 
 TENSOR_NAMES = ("values", "positions", "scales", "outlier_values", "outlier_positions")
@@ -129,25 +129,35 @@ class PackedWeight:
                 raise NMError(f"{name} has {len(tensor)} rows; the weight has {out_features}.")
         shapes = packed_shapes(in_features, out_features, config)
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-        for rows in row_blocks(out_features, in_features):
+
+        def pack(rows: slice) -> None:
             of_rows = {name: tensor[rows].cpu() for name, tensor in given.items()}
             packed = pack_rows(weight[rows], config, rows.start, column_weight, **of_rows)
             for name, tensor in tensors.items():
                 tensor[rows] = packed[name]
+
+        for_row_blocks(pack, out_features, in_features)
         return cls(in_features, out_features, config, tensors)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense `[out_features, in_features]` weight, exactly the values the kernel multiplies by."""
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
-        for rows, part in self.row_blocks():
-            weight[rows] = part._unpack_at_once()
+
+        def unpack(rows: slice) -> None:
+            weight[rows] = self.rows(rows)._unpack_at_once()
+
+        for_row_blocks(unpack, self.out_features, self.in_features)
         return weight
 
     def row_blocks(self) -> Iterator[tuple[slice, PackedWeight]]:
         """Some rows at a time, and which."""
         for rows in row_blocks(self.out_features, self.in_features):
-            tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
-            yield rows, PackedWeight(self.in_features, rows.stop - rows.start, self.config, tensors)
+            yield rows, self.rows(rows)
+
+    def rows(self, rows: slice) -> PackedWeight:
+        """Some rows, whose tensors share memory with these."""
+        tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return PackedWeight(self.in_features, len(range(self.out_features)[rows]), self.config, tensors)
 
     def _unpack_at_once(self) -> Tensor:
         weight = self._expand(self._base_values())

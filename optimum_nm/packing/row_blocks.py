@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 BLOCK_ELEMENTS = 1 << 18  # a megabyte of float32
 
@@ -16,3 +19,27 @@ def row_blocks(rows: int, columns: int, elements: int = BLOCK_ELEMENTS) -> Itera
     count = max(1, elements // columns)
     for begin in range(0, rows, count):
         yield slice(begin, min(begin + count, rows))
+
+
+def for_row_blocks(function: Callable[[slice], None], rows: int, columns: int) -> None:
+    """Call a function with each of `row_blocks`, on as many threads as torch uses; it records no gradients.
+
+    Choosing and packing is a chain of small steps, most of which numpy and torch do on one thread.
+
+    Raises:
+        whatever the function raises, of the first block that fails.
+    """
+    blocks = list(row_blocks(rows, columns))
+    threads = min(torch.get_num_threads(), len(blocks))
+
+    @torch.no_grad()
+    def call(block: slice) -> None:
+        function(block)
+
+    if threads == 1:
+        for block in blocks:
+            call(block)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(call, blocks):
+            pass

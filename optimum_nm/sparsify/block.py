@@ -78,12 +78,14 @@ def _statistics(
     index: int, linears: dict[str, nn.Module], inputs: BlockInputs, targets: Activations | None, config: NMConfig
 ) -> dict[str, InputStatistics]:
     """Of a block's linears, from its dense pass, whose outputs become the targets where there are none yet."""
-    keep_outputs = targets is not None and not len(targets)
+    aim = targets if targets is not None and not len(targets) else None
     with _collector(linears, inputs, config) as collector:
         for batch in range(len(inputs.batches)):
-            output = inputs.run(index, batch)
-            if targets is not None and keep_outputs:
-                targets.append(output)
+            if aim is not None:
+                aim.append(inputs.run(index, batch))
+                continue
+            with collector.inputs_of_one_pass():
+                inputs.run(index, batch)
     return collector.statistics()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import LayerConfig, NMConfig
 from ..errors import NMError
 from ..packing.packed_weight import PackedWeight
+from ..packing.row_blocks import for_row_blocks
 from .correct import variance_correction
 from .equalize import equalization_scale
 from .mask import choose_masks
@@ -20,6 +21,7 @@ from .solvers import SOLVERS, Solution, quantize_solution, swap_weights
 from .statistics import InputStatistics
 from .summary import LayerSummary
 
+MEASURED_OUTPUTS = 512  # of a layer tell its error: all would take as long as a solver's sweep
 _GRAM_CORRECTIONS = ("output", "least-squares")
 
 
@@ -48,8 +50,7 @@ def solve_layer(
     """
     if not statistics.tokens:  # an expert that calibration never reached: there is nothing to go by but the weight
         mask, outlier_mask = choose_masks(weight.abs(), layer)
-        kept = mask if outlier_mask is None else mask | outlier_mask
-        return Solution(weight * kept.to(weight.device), mask, outlier_mask)
+        return Solution(_kept_values(weight, mask, outlier_mask), mask, outlier_mask)
     if config.solver == "mask":
         return _masked(weight, statistics, layer, config, equalized)
     if layer.pattern.is_dense and layer.outliers is None:
@@ -97,12 +98,13 @@ def pack_layer(
         )
     except NMError as error:
         raise NMError(f"{name}: {error}") from None
-    change = weight - packed.unpack().to(weight.device)
-    total = statistics.energy(weight)
+    measured = slice(None, None, max(1, len(weight) // MEASURED_OUTPUTS))
+    change = packed.rows(measured).unpack().to(weight.device).sub_(weight[measured])
+    total = statistics.energy(weight[measured])
     summary = LayerSummary(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
-        density=solution.kept.float().mean().item(),
+        density=torch.count_nonzero(solution.kept).item() / weight.numel(),
         relative_error=statistics.energy(change) / total if total else 0.0,
         bits_per_weight=packed.bits_per_weight,
         calibration_tokens=statistics.tokens,
@@ -117,18 +119,26 @@ def _masked(
     scale = torch.ones_like(statistics.absolute_max)
     if config.equalization is not None and not equalized:
         scale = equalization_scale(statistics.absolute_max, weight.abs().amax(dim=0), config.equalization)
-    scores = importance(weight * scale, statistics.norm / scale, config.score, config.score_exponent)
+    scores = importance(weight, statistics.norm, config.score, config.score_exponent, scale)
     mask, outlier_mask = choose_masks(scores, layer)
-    kept = mask if outlier_mask is None else mask | outlier_mask
-    solution = Solution(weight * kept.to(weight.device), mask, outlier_mask)
+    solution = Solution(_kept_values(weight, mask, outlier_mask), mask, outlier_mask)
     if config.swaps:
         assert statistics.gram is not None
         solution = swap_weights(weight, solution, statistics.gram, layer, config.swaps, refit=False)
     if config.variance_correction is None or layer.pattern.is_dense:
         return solution
-    # The Gram matrix is that of the inputs as they are.
-    statistics_scale = 1.0 if config.variance_correction in _GRAM_CORRECTIONS else scale
-    factor = variance_correction(
-        weight * statistics_scale, solution.weight * statistics_scale, config.variance_correction, statistics.gram
-    )
-    return replace(solution, weight=solution.weight * factor)
+    if config.variance_correction in _GRAM_CORRECTIONS:
+        scale = torch.ones_like(scale)  # the Gram matrix is that of the inputs as they are
+    factor = variance_correction(weight, solution.weight, config.variance_correction, statistics.gram, scale)
+    return replace(solution, weight=solution.weight.mul_(factor))
+
+
+def _kept_values(weight: Tensor, mask: Tensor, outlier_mask: Tensor | None) -> Tensor:
+    values = torch.empty_like(weight)
+
+    def keep(rows: slice) -> None:
+        kept = mask[rows] if outlier_mask is None else mask[rows] | outlier_mask[rows]
+        torch.mul(weight[rows], kept.to(weight.device), out=values[rows])
+
+    for_row_blocks(keep, *weight.shape)
+    return values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import LayerConfig
-from ..packing.row_blocks import row_blocks
+from ..packing.row_blocks import for_row_blocks
 from ..packing.selection import select_kept, select_outliers
 from ..patterns import NMPattern, OutlierPattern
 
@@ -24,10 +24,13 @@ def base_mask(pattern: NMPattern, scores: Tensor) -> Tensor:
     if pattern.is_dense:
         return scores >= 0
     mask = torch.empty(scores.shape, dtype=torch.bool)
-    for rows in row_blocks(*scores.shape):
+
+    def choose(rows: slice) -> None:
         part = scores[rows]
         kept = select_kept(part, pattern).view(len(part), -1)
         mask[rows] = kept[:, : scores.shape[1]] & (part >= 0)
+
+    for_row_blocks(choose, *scores.shape)
     return mask
 
 
@@ -35,8 +38,11 @@ def base_mask(pattern: NMPattern, scores: Tensor) -> Tensor:
 def outliers_mask(outliers: OutlierPattern, scores: Tensor) -> Tensor:
     """The outliers of highest score; as `base_mask`, but what must not be chosen is where nothing else is left."""
     mask = torch.zeros(scores.shape, dtype=torch.bool)
-    for rows in row_blocks(*scores.shape):
+
+    def choose(rows: slice) -> None:
         mask[rows].scatter_(1, *select_outliers(scores[rows], outliers))
+
+    for_row_blocks(choose, *scores.shape)
     return mask
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..config import NMConfig
 from ..errors import NMError
-from ..memory import memory_bytes
+from ..memory import keep_freed_memory, memory_bytes
 from ..nn.convert import linear_layers, untie_output
 from ..nn.embedding import check_shareable, share_embedding
 from ..nn.experts import fused_experts, router_layers
@@ -67,6 +67,7 @@ def sparsify_model(
     """
     if (advice := slow_arithmetic(weights)) is not None and rank() == 0:
         logger.warning(advice)
+    keep_freed_memory()
     run = _Run(weights, windows, config, work, memory_budget)
     steps = len(run.blocks) + bool(run.outside)
     with tqdm(total=steps, initial=run.done, desc="Sparsifying", unit="block", disable=not progress) as bar:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -100,17 +101,20 @@ class InputStatistics:
     def energy(self, weight: Tensor) -> float:
         """tr[W G Wᵀ], from the Gram matrix if there is one, else up to a constant from the sampled rows."""
         if self.gram is not None:
-            return sum(self._energy_from(weight, block) for block in column_blocks(len(self.gram)))
+            return _energy(weight, self.gram)
         if not self.samples:
             return weight.square().sum().item()
         return (torch.cat(self.samples) @ weight.t()).square().sum().item()
 
-    def _energy_from(self, weight: Tensor, block: slice) -> float:
-        """The part of some columns, with themselves and twice with those behind them."""
-        assert self.gram is not None
-        product = (weight[:, block] @ self.gram[block, block.start :]).mul_(weight[:, block.start :])
+
+def _energy(weight: Tensor, gram: Tensor) -> float:
+    """tr[W G Wᵀ], every pair of columns taken once."""
+    energy = 0.0
+    for block in column_blocks(len(gram)):
+        product = (weight[:, block] @ gram[block, block.start :]).mul_(weight[:, block.start :])
         size = block.stop - block.start
-        return product[:, :size].sum().item() + 2 * product[:, size:].sum().item()
+        energy += product[:, :size].sum().item() + 2 * product[:, size:].sum().item()
+    return energy
 
 
 def column_blocks(width: int) -> list[slice]:
@@ -138,6 +142,10 @@ def in_parts(linears: Mapping[str, nn.Module], with_gram: bool) -> list[dict[str
     return parts
 
 
+class _Collected(Exception):
+    """Ends a forward pass of which nothing more is needed."""
+
+
 class StatisticsCollector:
     """Accumulates InputStatistics of linear layers through forward pre-hooks, inside a `with` statement.
 
@@ -156,6 +164,8 @@ class StatisticsCollector:
         self._collected: dict[str, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
+        self._calls: Counter[str] = Counter()
+        self._may_stop = False
         self._hooks = ExitStack()
 
     def __enter__(self) -> StatisticsCollector:
@@ -167,9 +177,27 @@ class StatisticsCollector:
         self._hooks.close()
         self._last = None
 
+    @contextmanager
+    def inputs_of_one_pass(self) -> Iterator[None]:
+        """A forward pass whose outputs nobody needs: it ends once every layer has been given its inputs.
+
+        The first goes to its end, to tell whether each layer is called once.
+        """
+        self._calls.clear()
+        with suppress(_Collected):
+            yield
+        self._may_stop = self._calls.total() == len(self._linears) == len(self._calls)
+        self._calls.clear()
+
     def _hook(self, name: str) -> Any:
         def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0]
+            add(module, args[0])
+            self._calls[name] += 1
+            if self._may_stop and len(self._calls) == len(self._linears):
+                self._last = None
+                raise _Collected
+
+        def add(module: nn.Module, inputs: Tensor) -> None:
             leader = self._last[0] if self._last is not None and self._last[1] is inputs else name
             if self._leaders.setdefault(name, leader) != name:
                 return

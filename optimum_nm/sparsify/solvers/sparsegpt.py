@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ...config import LayerConfig
 from ..mask import best_masks, choose_masks
-from .solution import Solution, damped
+from .inverse_factor import inverse_factor
+from .solution import Solution
 
 BLOCK = 128  # columns between updates of everything behind them; a multiple of every M
 DAMPING = 0.01
-_LEAF = 256  # rows of a triangle that is inverted by substitution
 
 
 def sparsegpt(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
@@ -29,27 +29,30 @@ def sparsegpt(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
         gram: G of the layer's inputs, `[in_features, in_features]`.
         layer: pattern and outliers.
     """
-    upper = inverse_factor(damped(gram, DAMPING, torch.float32))
+    upper = inverse_factor(gram, DAMPING)
     pivots = upper.diagonal()
     outlier_mask = None if layer.outliers is None else best_masks((weight / pivots).square(), layer)[1]
     mask = torch.zeros(weight.shape, dtype=torch.bool)
-    current = weight.t().contiguous()  # columns of the weight are rows here
+    current = weight.clone()
     width, m = weight.shape[1], layer.pattern.m
     for start in range(0, width, BLOCK):
         end = min(start + BLOCK, width)
-        errors = torch.empty_like(current[start:end])
+        # Columns of the weight are rows here. What is contiguous already torch transposes three times as fast.
+        block = current[:, start:end].contiguous().t().contiguous()
+        errors = torch.empty_like(block)
         for begin in range(start, end, m):
-            group = slice(begin, min(begin + m, end))
-            scores = (current[group] / pivots[group, None]).square().t().contiguous()
-            taken = None if outlier_mask is None else outlier_mask[:, group]
-            mask[:, group] = choose_masks(scores, layer, taken)[0]
-            kept = mask[:, group] if taken is None else mask[:, group] | taken
-            group_errors = errors[begin - start : group.stop - start]
-            _prune_columns(current[group], kept.t().to(weight.device), upper[group, group], group_errors)
-            current[group.stop : end].addmm_(upper[group, group.stop : end].t(), group_errors, alpha=-1)
-        current[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
-    solution = Solution(current.t().contiguous(), mask, outlier_mask)
-    return Solution(solution.weight.masked_fill_(~solution.kept, 0.0), mask, outlier_mask)
+            columns = slice(begin, min(begin + m, end))
+            group = slice(begin - start, columns.stop - start)
+            scores = (block[group] / pivots[columns, None]).square_().t().contiguous()
+            taken = None if outlier_mask is None else outlier_mask[:, columns]
+            chosen = choose_masks(scores, layer, taken)[0]
+            mask[:, columns] = chosen
+            kept = (chosen if taken is None else chosen | taken).t().contiguous().to(weight.device)
+            _prune_columns(block[group], kept, upper[columns, columns], errors[group])
+            block[group.stop :].addmm_(upper[columns, columns.stop : end].t(), errors[group], alpha=-1)
+        current[:, start:end] = block.t()
+        current[:, end:].addmm_(errors.t(), upper[start:end, end:], alpha=-1)
+    return Solution(current, mask, outlier_mask)
 
 
 def _prune_columns(columns: Tensor, kept: Tensor, upper: Tensor, errors: Tensor) -> None:
@@ -60,35 +63,8 @@ def _prune_columns(columns: Tensor, kept: Tensor, upper: Tensor, errors: Tensor)
         upper: of the group, `[m, m]`.
         errors: `[m, out_features]`, where each column's error over its pivot is put.
     """
-    for j, pivot in enumerate(upper.diagonal().tolist()):
-        errors[j] = columns[j].masked_fill(kept[j], 0.0) / pivot
+    shares = kept.logical_not() / upper.diagonal()[:, None]
+    for j in range(len(columns)):
+        torch.mul(columns[j], shares[j], out=errors[j])
         columns[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-
-
-def inverse_factor(matrix: Tensor) -> Tensor:
-    """The upper triangular U with UᵀU = matrix⁻¹, float32.
-
-    With the order of rows and columns reversed, it is the inverse of the lower Cholesky factor. Rounding in float32
-    disturbs the matrix about as much as summing it did; float64 is for one that float32 finds no factor of.
-    """
-    reversed_ = matrix.flip(0, 1)
-    lower, failed = torch.linalg.cholesky_ex(reversed_)
-    if failed:
-        lower = torch.linalg.cholesky(reversed_.double())
-    del reversed_
-    return _inverse_of_lower(lower).flip(0, 1).float()
-
-
-def _inverse_of_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, by halves: [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]]."""
-    size = len(lower)
-    if size <= _LEAF:
-        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
-    half = size // 2
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = _inverse_of_lower(lower[:half, :half])
-    inverse[half:, half:] = _inverse_of_lower(lower[half:, half:])
-    below = torch.linalg.solve_triangular(lower[half:, half:], -lower[half:, :half], upper=False)
-    inverse[half:, :half] = torch.linalg.solve_triangular(lower[:half, :half], below, upper=False, left=False)
-    return inverse
+    columns.mul_(kept).add_(0.0)  # which makes 0 of −0
