@@ -22,7 +22,7 @@ def memory_bytes() -> tuple[int, int]:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
-def keep_freed_memory(largest: int = 1 << 30, kept: int = 1 << 29) -> None:
+def keep_freed_memory(largest: int = 1 << 30, kept: int = (1 << 31) - 1) -> None:
     """Have the allocator use again what is freed, where it is glibc's.
 
     By default it gives what is larger than 32 MB back to the system, and intermediate results of that size come page by

@@ -15,9 +15,8 @@ from optimum_nm.packing.packed_weight import PackedWeight
 from optimum_nm.patterns import NMPattern, OutlierPattern
 from optimum_nm.sparsify.layer import solve_layer
 from optimum_nm.sparsify.mask import best_masks, best_support, choose_masks
-from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, products, quantize_solution
+from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, inverse_factor, products, quantize_solution
 from optimum_nm.sparsify.solvers.products import product_with
-from optimum_nm.sparsify.solvers.inverse_factor import inverse_factor
 from optimum_nm.sparsify.statistics import StatisticsCollector
 
 
@@ -355,6 +354,19 @@ def test_sweep_in_blocks_is_the_sweep_column_by_column(pattern, columns):
     assert error(weight, solution.weight, gram) == pytest.approx(error(weight, swept, gram), rel=2e-3)
 
 
+@pytest.mark.parametrize("width", [1, 7, 100, 213])
+@pytest.mark.parametrize("leaf, strip", [(8, 8), (8, 24), (24, 8), (16, 1024)])
+def test_factor_of_an_inverse(monkeypatch, width, leaf, strip):
+    monkeypatch.setattr(inverse_factor, "_LEAF", leaf)
+    monkeypatch.setattr(inverse_factor, "_STRIP", strip)
+    _, gram = problem(columns=width, tokens=300)
+    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(width)
+    exact = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    factor = inverse_factor.inverse_factor(gram, 0.01)
+    torch.testing.assert_close(factor.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+    assert not factor.tril(-1).any()
+
+
 def test_factor_of_what_float32_finds_none_of():
     """Matrices of the rank one but for the last digit of one element, positive definite in exact arithmetic."""
     failures = 0
@@ -364,7 +376,7 @@ def test_factor_of_what_float32_finds_none_of():
         c = torch.nextafter(least, torch.tensor(4.0)) if least.double() * a.double() <= b.double() ** 2 else least
         matrix = torch.stack([torch.stack([c, b]), torch.stack([b, a])])
         failures += bool(torch.linalg.cholesky_ex(matrix.flip(0, 1))[1])
-        factor = inverse_factor(matrix, damping=0.0).double()
+        factor = inverse_factor.inverse_factor(matrix, damping=0.0).double()
         assert factor.isfinite().all() and factor[1, 0] == 0
         exact = torch.linalg.cholesky(torch.linalg.inv(matrix.double()), upper=True)
         if failures == 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .solution import damped
 
 _LEAF = 256  # rows of a matrix that LAPACK factors
-_STRIP = 1024  # rows of a triangle taken together: fewer would save products of zeros, but small ones are slow
+_STRIP = 512  # rows of a triangle taken together: fewer would save products of zeros, but small ones are slow
 
 
 class _NotPositiveDefinite(Exception):
@@ -58,11 +58,11 @@ def _factor(matrix: Tensor) -> Tensor:
 
 def _factor_at_once(matrix: Tensor) -> Tensor:
     """With rows and columns in the reverse order, U is the inverse of the lower Cholesky factor."""
-    upper, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1), upper=True)
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if failed:
         raise _NotPositiveDefinite
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(upper.t(), eye, upper=False).flip(0, 1)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
 
 
 def _strips(rows: int) -> Iterator[slice]:
