@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -20,19 +21,28 @@ def memory_bytes() -> tuple[int, int]:
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_NEVER_TRIM = (1 << 31) - 1
 
 
-def keep_freed_memory(largest: int = 1 << 30, kept: int = (1 << 31) - 1) -> None:
-    """Have the allocator use again what is freed, where it is glibc's.
+def keep_freed_memory(largest: int = 1 << 29) -> None:
+    """Have the allocator use again what is freed, until `release_freed_memory`, where it is glibc's.
 
     By default it gives what is larger than 32 MB back to the system, and intermediate results of that size come page by
     page every time, which takes longer than computing what is in them.
 
     Args:
-        largest: bytes of an allocation that is still not the system's.
-        kept: bytes at the end of the heap that may stay free.
+        largest: bytes of an allocation to which this applies.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if (mallopt := _of_glibc("mallopt")) is not None:
         mallopt(_MMAP_THRESHOLD, largest)
-        mallopt(_TRIM_THRESHOLD, kept)
+        mallopt(_TRIM_THRESHOLD, _NEVER_TRIM)
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what is freed, between steps that need much and in different pieces."""
+    if (malloc_trim := _of_glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(function: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-BLOCK_ELEMENTS = 1 << 18  # a megabyte of float32
+BLOCK_ELEMENTS = 1 << 17  # half a megabyte of float32
 
 
 def row_blocks(rows: int, columns: int, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:

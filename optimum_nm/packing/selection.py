@@ -53,8 +53,8 @@ def _largest(ranking: Tensor, n: int) -> Tensor:
     values = ranking.numpy()
     smallest = np.partition(values, -n, axis=-1)[..., -n, None]
     kept = values >= smallest
-    crowded = kept.sum(axis=-1, dtype=np.uint16) > n
-    if crowded.any():
+    if np.count_nonzero(kept) > n * smallest.size:
+        crowded = kept.sum(axis=-1, dtype=np.uint16) > n
         tied, least = values[crowded], smallest[crowded]
         above = tied > least
         places = n - above.sum(axis=-1, keepdims=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import INTEGER_DTYPES, LayerConfig, NMConfig
+from ..memory import release_freed_memory
 from ..nn.convert import dense_weight, replace_linear, set_dense_weight
 from ..nn.linear import NMLinear
 from ..packing.packed_weight import PackedWeight
@@ -69,6 +70,7 @@ def sparsify_block(
         summaries += summaries_part
     for name, weight in packed.items():
         set_dense_weight(linears[name], weight.unpack().to(dense_weight(linears[name]).device))
+    release_freed_memory()
     inputs.advance(index)
     _install(model, packed, linears)
     return summaries, loss
@@ -86,6 +88,7 @@ def _statistics(
                 continue
             with collector.inputs_of_one_pass():
                 inputs.run(index, batch)
+    release_freed_memory()
     return collector.statistics()
 
 

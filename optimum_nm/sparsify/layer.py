@@ -21,7 +21,7 @@ from .solvers import SOLVERS, Solution, quantize_solution, swap_weights
 from .statistics import InputStatistics
 from .summary import LayerSummary
 
-MEASURED_OUTPUTS = 512  # of a layer tell its error: all would take as long as a solver's sweep
+MEASURED_OUTPUTS = 256  # of a layer tell its error: all would take as long as a solver's sweep
 _GRAM_CORRECTIONS = ("output", "least-squares")
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..config import NMConfig
 from ..errors import NMError
-from ..memory import keep_freed_memory, memory_bytes
+from ..memory import keep_freed_memory, memory_bytes, release_freed_memory
 from ..nn.convert import linear_layers, untie_output
 from ..nn.embedding import check_shareable, share_embedding
 from ..nn.experts import fused_experts, router_layers
@@ -134,6 +134,7 @@ class _Run:
         prefix = f"{self._blocks_name}.{index}."
         self._finish({f"{prefix}{name}": tensor for name, tensor in block.state_dict().items()}, index, layers, loss)
         self._weights.release(block)
+        release_freed_memory()
         shown = {}
         if layers:
             shown["layer_error"] = f"{sum(layer.relative_error for layer in layers) / len(layers):.4f}"
@@ -184,6 +185,7 @@ class _Run:
         batch_size = tuning.batch_size // count() if tuning else None
         inputs = BlockInputs(model, self.blocks, windows, batch_size, self._hidden, weights.device)
         weights.close(needed)
+        release_freed_memory()
         if self._dense is not None:
             for hidden in self._hidden:
                 self._dense.append(hidden)

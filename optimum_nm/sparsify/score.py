@@ -10,9 +10,7 @@ from ..packing.row_blocks import for_row_blocks, row_blocks
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def importance(
-    weight: Tensor, input_norm: Tensor, score: str, exponent: float, scale: Tensor | float = 1.0
-) -> Tensor:
+def importance(weight: Tensor, input_norm: Tensor, score: str, exponent: float, scale: Tensor | float = 1.0) -> Tensor:
     """Importance of every weight, at least 0: of W·scale for the inputs X / scale.
 
     Args:
@@ -25,7 +23,8 @@ def importance(
     """
     assert score in ("magnitude", "wanda", "ria")
     scores = torch.empty_like(weight)
-    factor = {"magnitude": 1.0, "wanda": input_norm / scale, "ria": (input_norm / scale).pow(exponent)}[score]
+    exponent = {"magnitude": 0.0, "wanda": 1.0, "ria": exponent}[score]
+    factor = (input_norm / scale).pow(exponent)
     sums = [weight[rows].abs().sum(dim=0) for rows in row_blocks(*weight.shape)]
     column_sum = torch.stack(sums).sum(dim=0).clamp_min_(_TINY)
 

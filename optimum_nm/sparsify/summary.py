@@ -23,7 +23,7 @@ class LayerSummary:
         shape: (out_features, in_features).
         density: share of the weights that are kept, outliers included.
         relative_error: tr[(W−Ŵ)G(W−Ŵ)ᵀ] / tr[WGWᵀ] on the calibration inputs, Ŵ being what is packed; of a
-            layer with many outputs, as many rows as 512 to 1023, evenly spread, stand for all.
+            layer with many outputs, 256 to 511, evenly spread, stand for all.
         bits_per_weight: all packed tensors of the layer, without its bias.
         calibration_tokens: that came to the layer; to an expert, those that were routed there.
     """

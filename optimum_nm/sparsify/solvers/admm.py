@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...config import LayerConfig
+from ...memory import release_freed_memory
 from ...packing.row_blocks import row_blocks
 from ..mask import best_masks, best_support
 from .conjugate_gradients import conjugate_gradients
@@ -29,10 +30,12 @@ def admm(weight: Tensor, gram: Tensor, layer: LayerConfig) -> Solution:
     In each round the mask is chosen anew from the iterate, its size falling cubically to N of M; conjugate gradients
     finish the values.
     """
+    release_freed_memory()
     matrix, scale = normalized(gram, DAMPING, torch.float32)
     by_matrix, by_inverse = product_with(matrix), product_with(_inverse(matrix))
     parts = []
     for rows in row_blocks(len(weight), len(gram), ELEMENTS_AT_ONCE):
+        release_freed_memory()
         target = weight[rows] * scale
         current, mask, outlier_mask = _choose_rows(target, target @ matrix, by_inverse, layer)
         kept = (mask if outlier_mask is None else mask | outlier_mask).to(weight.device)

@@ -32,9 +32,9 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 def _factor(matrix: Tensor) -> Tensor:
     """U in the place of the matrix, of which what is right of the diagonal is read.
 
-    By halves: A = VVᵀ with V = U⁻¹ upper triangular, so that the last half of A alone makes the last half of V. With
-    A = [[A₁, B], [Bᵀ, A₂]] and U₂ the factor for A₂, V's upper right is C = BU₂ᵀ, U₁ is the factor for A₁ − CCᵀ, and U's
-    upper right is −U₁CU₂.
+    By halves: A = VVᵀ with V = U⁻¹ upper triangular, so that the last half of A alone makes the last half of V. Where A
+    is [[A₁, B], [Bᵀ, A₂]] and U₂ the factor for A₂, V's upper right is C = BU₂ᵀ, U₁ is the factor for A₁ − CCᵀ, and the
+    upper right of U is −U₁CU₂.
     """
     if len(matrix) <= _LEAF:
         return matrix.copy_(_factor_at_once(matrix))
