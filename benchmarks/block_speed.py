@@ -11,6 +11,7 @@ recording what they are called with.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 
 import torch
@@ -47,14 +48,15 @@ def multiplied(model: LlamaForCausalLM, tokens: int, config: NMConfig) -> float:
     return operations
 
 
-def operations_per_second() -> float:
+def operations_per_second() -> list[float]:
     a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
     seconds = []
-    for _ in range(4):
+    torch.mm(a, b)
+    for _ in range(5):
         start = time.perf_counter()
         torch.mm(a, b)
         seconds.append(time.perf_counter() - start)
-    return 2 * 4096**3 / min(seconds)
+    return [2 * 4096**3 / each for each in seconds]
 
 
 def main() -> None:
@@ -66,16 +68,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     arguments = parser.parse_args()
     windows = torch.randint(VOCABULARY, (arguments.samples, arguments.length))
-    speed = operations_per_second()
-    print(f"torch.mm: {speed / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
-    print(f"{'a block':<10} {'seconds':>8} {'products':>9} {'ratio':>6}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.layers} blocks of {arguments.shape}"
+    )
+    print(f"{'a block':<10} {'seconds':>8} {'products':>9} {'ratio':>6} {'GFLOP/s of torch.mm':>20}")
     for solver in arguments.solver:
         model, config = random_blocks(arguments.shape, arguments.layers), NMConfig(solver=solver)
-        products = multiplied(model, windows.numel(), config) / speed
+        operations, speeds = multiplied(model, windows.numel(), config), operations_per_second()
         start = time.perf_counter()
         sparsify_model(LoadedWeights(model), windows, config, progress=False)
         seconds = (time.perf_counter() - start) / arguments.layers
-        print(f"{solver:<10} {seconds:>8.1f} {products:>9.1f} {seconds / products:>6.2f}")
+        speed = statistics.median(speeds + operations_per_second())
+        products = operations / speed
+        print(f"{solver:<10} {seconds:>8.1f} {products:>9.1f} {seconds / products:>6.2f} {speed / 1e9:>20.0f}")
 
 
 if __name__ == "__main__":

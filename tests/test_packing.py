@@ -18,6 +18,7 @@ from optimum_nm.config import WEIGHT_DTYPES, NMConfig
 from optimum_nm.errors import NMError
 from optimum_nm.packing.codes import decode_positions, encode_positions, rank_masks, unrank_masks
 from optimum_nm.packing.packed_weight import packed_shapes
+from optimum_nm.packing.row_blocks import for_row_blocks
 from optimum_nm.packing.values import pack_integers, quantize, unpack_integers
 
 PATTERNS = ["8:16", "2:4", "4:8", "16:32", "9:16", "1:4", "31:32", "16:16"]
@@ -285,3 +286,23 @@ def test_positions_are_by_default_what_the_kernels_read_faster(pattern, dtype):
     weight = random_weight(4, 64)
     assert PackedWeight.pack(weight, pattern, dtype=dtype).config.positions == "bitmap"
     assert PackedWeight.pack(weight, pattern, dtype=dtype, positions="codes").config.positions == "codes"
+
+
+def test_blocks_of_rows_cover_a_matrix_on_threads_too():
+    seen = torch.zeros(1000, dtype=torch.int64)
+
+    def add(rows):
+        assert not torch.is_grad_enabled()
+        seen[rows] += 1
+
+    for_row_blocks(add, 1000, 16, elements=16 * 7)
+    assert (seen == 1).all()
+
+
+def test_what_a_block_of_rows_raises_is_raised():
+    def fail(rows):
+        if rows.start >= 14:
+            raise ValueError(f"row {rows.start}")
+
+    with pytest.raises(ValueError, match="row 14"):
+        for_row_blocks(fail, 1000, 16, elements=16 * 7)

@@ -1,11 +1,13 @@
 """What calibration keeps of inputs: sums, Gram matrices of which half is computed, samples."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_nm.sparsify import statistics
-from optimum_nm.sparsify.statistics import InputStatistics
+from optimum_nm.sparsify.statistics import InputStatistics, StatisticsCollector
 
 WIDTH = 40
 
@@ -54,6 +56,37 @@ def test_half_of_a_symmetric_matrix_is_not_computed_twice(monkeypatch):
         found.energy(torch.ones(12, WIDTH))
     assert gram.count == len(inputs) * WIDTH**2 * 9 // 16
     assert energy.count == 12 * WIDTH**2 * 9 // 16
+
+
+def test_a_pass_ends_when_all_have_their_inputs():
+    """The second pass skips the last layer's product, and the statistics are those of whole passes."""
+    model = torch.nn.Sequential(torch.nn.Linear(WIDTH, 8), torch.nn.Linear(8, 16), torch.nn.ReLU())
+    linears = {"first": model[0], "second": model[1]}
+    inputs = [torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+    def statistics_of(early):
+        with torch.no_grad(), StatisticsCollector(linears, True, len(inputs), 0) as collector:
+            for batch in inputs:
+                with Multiplications() as products, collector.inputs_of_one_pass() if early else nullcontext():
+                    model(batch)
+        return collector.statistics(), products.count
+
+    (whole, all_products), (ended, fewer_products) = statistics_of(False), statistics_of(True)
+    assert all_products - fewer_products == 20 * 8 * 16
+    for name in linears:
+        assert torch.equal(whole[name].gram, ended[name].gram) and whole[name].tokens == ended[name].tokens == 60
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_a_pass_that_calls_a_layer_twice_or_not_goes_to_its_end(skipped):
+    first, second = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+    batch = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), StatisticsCollector({"first": first, "second": second}, True, 3, 0) as collector:
+        for _ in range(3):
+            with collector.inputs_of_one_pass():
+                first(batch) if skipped else first(second(first(batch)))
+    found = collector.statistics()
+    assert found["first"].tokens == (60 if skipped else 120)
 
 
 def test_few_inputs_of_many_are_sampled():

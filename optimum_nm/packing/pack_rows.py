@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import INTEGER_DTYPES, LayerConfig
 from ..errors import NMError
 from .codes import encode_positions
-from .selection import select_kept, select_outliers
+from .selection import pad_rows, select_kept, select_outliers
 from .values import FLOAT_DTYPES, pack_integers, quantize, to_float_bits
 
 
@@ -53,7 +53,7 @@ def pack_rows(
     def stored(dense: Tensor) -> Tensor:
         if kept is None:
             return dense
-        padded = torch.nn.functional.pad(dense, (0, kept.shape[1] - in_features))
+        padded = pad_rows(dense, kept.shape[1] - in_features)
         return torch.from_numpy(padded.numpy()[kept.numpy()]).view(rows, -1)  # numpy is the faster at this
 
     if config.weight_dtype in INTEGER_DTYPES:

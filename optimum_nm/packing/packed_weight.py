@@ -16,6 +16,7 @@ from .pack_rows import pack_rows
 from .row_blocks import for_row_blocks, row_blocks
 from .values import BIT_VIEWS, FLOAT_DTYPES, expand_scales, scale_count, unpack_integers
 
+PACKED_AT_ONCE = 1 << 17  # elements of a weight, of which each thread has a dozen intermediate results
 TENSOR_NAMES = ("values", "positions", "scales", "outlier_values", "outlier_positions")
 
 
@@ -136,7 +137,7 @@ class PackedWeight:
             for name, tensor in tensors.items():
                 tensor[rows] = packed[name]
 
-        for_row_blocks(pack, out_features, in_features)
+        for_row_blocks(pack, out_features, in_features, PACKED_AT_ONCE)
         return cls(in_features, out_features, config, tensors)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-BLOCK_ELEMENTS = 1 << 17  # half a megabyte of float32
+BLOCK_ELEMENTS = 1 << 18  # a megabyte of float32
 
 
 def row_blocks(rows: int, columns: int, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
@@ -21,7 +21,7 @@ def row_blocks(rows: int, columns: int, elements: int = BLOCK_ELEMENTS) -> Itera
         yield slice(begin, min(begin + count, rows))
 
 
-def for_row_blocks(function: Callable[[slice], None], rows: int, columns: int) -> None:
+def for_row_blocks(function: Callable[[slice], None], rows: int, columns: int, elements: int = BLOCK_ELEMENTS) -> None:
     """Call a function with each of `row_blocks`, on as many threads as torch uses; it records no gradients.
 
     Choosing and packing is a chain of small steps, most of which numpy and torch do on one thread.
@@ -29,7 +29,7 @@ def for_row_blocks(function: Callable[[slice], None], rows: int, columns: int) -
     Raises:
         whatever the function raises, of the first block that fails.
     """
-    blocks = list(row_blocks(rows, columns))
+    blocks = list(row_blocks(rows, columns, elements))
     threads = min(torch.get_num_threads(), len(blocks))
 
     @torch.no_grad()

@@ -31,9 +31,9 @@ def select_kept(importance: Tensor, pattern: NMPattern, mask: Tensor | None = No
     groups = pattern.groups(in_features)
     past = groups * pattern.m - in_features
     if mask is None:
-        ranking = torch.nn.functional.pad(importance, (0, past), value=_FILLER).view(rows, groups, pattern.m)
+        ranking = pad_rows(importance, past, _FILLER).view(rows, groups, pattern.m)
         return _largest(ranking, pattern.n)
-    kept = torch.nn.functional.pad(mask.cpu(), (0, past)).view(rows, groups, pattern.m)
+    kept = pad_rows(mask.cpu(), past).view(rows, groups, pattern.m)
     marked = torch.from_numpy(kept.numpy().sum(axis=-1, dtype=np.uint8))
     if (marked > pattern.n).any():
         row, group = (marked > pattern.n).nonzero()[0].tolist()
@@ -44,8 +44,14 @@ def select_kept(importance: Tensor, pattern: NMPattern, mask: Tensor | None = No
     unfilled = marked < pattern.n
     if unfilled.any():
         inside = (torch.arange(groups * pattern.m).view(1, groups, pattern.m) < in_features).expand_as(kept)
+        kept = kept.clone()
         kept[unfilled] = _largest(kept[unfilled].float() + inside[unfilled], pattern.n)
     return kept
+
+
+def pad_rows(matrix: Tensor, columns: int, value: float = 0.0) -> Tensor:
+    """With so many columns more; the matrix itself with none, which torch's `pad` would copy."""
+    return torch.nn.functional.pad(matrix, (0, columns), value=value) if columns else matrix
 
 
 def _largest(ranking: Tensor, n: int) -> Tensor:

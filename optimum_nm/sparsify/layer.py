@@ -50,7 +50,7 @@ def solve_layer(
     """
     if not statistics.tokens:  # an expert that calibration never reached: there is nothing to go by but the weight
         mask, outlier_mask = choose_masks(weight.abs(), layer)
-        return Solution(_kept_values(weight, mask, outlier_mask), mask, outlier_mask)
+        return Solution(_kept(weight, mask, outlier_mask, torch.empty_like(weight)), mask, outlier_mask)
     if config.solver == "mask":
         return _masked(weight, statistics, layer, config, equalized)
     if layer.pattern.is_dense and layer.outliers is None:
@@ -121,7 +121,7 @@ def _masked(
         scale = equalization_scale(statistics.absolute_max, weight.abs().amax(dim=0), config.equalization)
     scores = importance(weight, statistics.norm, config.score, config.score_exponent, scale)
     mask, outlier_mask = choose_masks(scores, layer)
-    solution = Solution(_kept_values(weight, mask, outlier_mask), mask, outlier_mask)
+    solution = Solution(_kept(weight, mask, outlier_mask, scores), mask, outlier_mask)
     if config.swaps:
         assert statistics.gram is not None
         solution = swap_weights(weight, solution, statistics.gram, layer, config.swaps, refit=False)
@@ -133,8 +133,8 @@ def _masked(
     return replace(solution, weight=solution.weight.mul_(factor))
 
 
-def _kept_values(weight: Tensor, mask: Tensor, outlier_mask: Tensor | None) -> Tensor:
-    values = torch.empty_like(weight)
+def _kept(weight: Tensor, mask: Tensor, outlier_mask: Tensor | None, values: Tensor) -> Tensor:
+    """`values`, in which the weights of the masks are put, and zeros."""
 
     def keep(rows: slice) -> None:
         kept = mask[rows] if outlier_mask is None else mask[rows] | outlier_mask[rows]
