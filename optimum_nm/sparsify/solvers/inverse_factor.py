@@ -13,7 +13,7 @@ _LEAF = 256  # rows of a matrix that LAPACK factors
 _STRIP = 512  # rows of a triangle taken together: fewer would save products of zeros, but small ones are slow
 
 
-class _NotPositiveDefinite(Exception):
+class _NotPositiveDefinite(torch.linalg.LinAlgError):
     """For rounding."""
 
 
