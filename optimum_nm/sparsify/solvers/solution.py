@@ -34,14 +34,17 @@ class Solution:
 
 def damped(gram: Tensor, share: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """G + share · mean(diag G) · I, in memory of its own; the identity's share is 1 for inputs that are all zero."""
-    gram = gram.to(dtype, copy=True)
-    mean = gram.diagonal().mean()
-    gram.diagonal().add_(share * mean if mean > 0 else torch.ones_like(mean))
-    return gram
+    return _damp(gram.to(dtype, copy=True), share)
 
 
 def normalized(gram: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """G with a unit diagonal, damped, and the scale: columns of W times it are what goes with that G."""
     scale = gram.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
-    return damped((gram / scale).div_(scale[:, None]), damping, dtype), scale
+    return _damp((gram / scale).div_(scale[:, None]).to(dtype), damping), scale
+
+
+def _damp(gram: Tensor, share: float) -> Tensor:
+    mean = gram.diagonal().mean()
+    gram.diagonal().add_(share * mean if mean > 0 else torch.ones_like(mean))
+    return gram
