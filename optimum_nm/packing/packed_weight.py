@@ -137,7 +137,11 @@ class PackedWeight:
             for name, tensor in tensors.items():
                 tensor[rows] = packed[name]
 
-        for_row_blocks(pack, out_features, in_features, PACKED_AT_ONCE)
+        if config.weight_dtype == "int4":  # the search for scales keeps all threads busy by itself
+            for rows in row_blocks(out_features, in_features):
+                pack(rows)
+        else:
+            for_row_blocks(pack, out_features, in_features, PACKED_AT_ONCE)
         return cls(in_features, out_features, config, tensors)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
