@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...packing.row_blocks import row_blocks
 from .solution import damped
 
 _LEAF = 256  # rows of a matrix that LAPACK factors
@@ -66,5 +67,4 @@ def _factor_at_once(matrix: Tensor) -> Tensor:
 
 
 def _strips(rows: int) -> Iterator[slice]:
-    for begin in range(0, rows, _STRIP):
-        yield slice(begin, min(begin + _STRIP, rows))
+    return row_blocks(rows, 1, _STRIP)
