@@ -19,7 +19,7 @@ from ..nn.skeleton import model_skeleton
 from ..packing.checkpoint import PackedCheckpoint
 from ..packing.packed_weight import TENSOR_NAMES, PackedWeight
 from ..packing.tensor_files import tensor_checksum
-from ..packing.values import FLOAT_DTYPES
+from ..packing.values import FLOAT_DTYPES, all_finite
 from ..sparsify.checkpoint import CHECKSUMS_FILE
 from .verify_finetuned import finetuned_problems
 from .verify_onnx import onnx_problems
@@ -174,7 +174,7 @@ def _non_finite_problems(name: str, packed: PackedWeight) -> Iterator[str]:
         if tensor_name not in packed.tensors or dtype in INTEGER_DTYPES:
             continue
         bits = packed.tensors[tensor_name]
-        if bits.element_size() == FLOAT_DTYPES[dtype].itemsize and not bits.view(FLOAT_DTYPES[dtype]).isfinite().all():
+        if bits.element_size() == FLOAT_DTYPES[dtype].itemsize and not all_finite(bits.view(FLOAT_DTYPES[dtype])):
             yield f"{name}.{tensor_name} has elements that are not finite; every weight must be a finite number."
 
 

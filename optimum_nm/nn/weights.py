@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from ..errors import NMError
 from ..packing.safetensors_files import TensorLocation
 from ..packing.tensor_files import tensor_checksum
+from ..packing.values import all_finite
 from .experts import split_experts
-
-_CHECKED_AT_ONCE = 1 << 18  # elements, for which some bytes each are needed
 
 
 class Weights(Protocol):
@@ -99,5 +98,5 @@ class LoadedWeights:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise NMError if an element is not finite."""
-    if not all(torch.isfinite(part).all() for part in tensor.flatten().split(_CHECKED_AT_ONCE)):
+    if not all_finite(tensor):
         raise NMError(f"{name} has elements that are not finite; every weight must be a finite number.")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import NMError
 from ..packing.row_blocks import row_blocks
+from ..packing.values import all_finite
 from ..patterns import NMPattern
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -91,7 +92,7 @@ class ConstantWeight:
         try:
             for rows in row_blocks(self.out_features, self.in_features):
                 block = _float32(array[:, rows].T if self.transposed else array[rows])
-                if not block.isfinite().all():
+                if not all_finite(block):
                     raise NMError(f"{self} has elements that are not finite; every element must be a finite number.")
                 yield block * self.factor
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +9,7 @@ from ..config import INTEGER_DTYPES, LayerConfig
 from ..errors import NMError
 from .codes import encode_positions
 from .selection import pad_rows, select_kept, select_outliers
-from .values import FLOAT_DTYPES, pack_integers, quantize, to_float_bits
+from .values import FLOAT_DTYPES, all_finite, pack_integers, quantize, to_float_bits
 
 
 def pack_rows(
@@ -29,7 +28,7 @@ def pack_rows(
         first_row: the number of the first row, for errors.
     """
     weight = weight.detach().to("cpu", torch.float32).contiguous()
-    if not np.isfinite(weight.numpy()).all():
+    if not all_finite(weight):
         raise NMError("weight has elements that are not finite; every element must be a finite number.")
     importance = weight.abs() if importance is None else importance.detach().float()
     rows, in_features = weight.shape

@@ -206,12 +206,17 @@ class PackedWeight:
             return
         if "scales" in self.tensors and not self.tensors["scales"].view(torch.float16).isfinite().all():
             yield f"{name}.scales has elements that are not finite; every scale must be a finite number."
+        padded: list[bool] = []
+
+        def check(rows: slice) -> None:
+            padded.append(self.rows(rows)._has_values_past_the_row(rows.start))
+
         try:
-            padded = any([part._has_values_past_the_row(rows.start) for rows, part in self.row_blocks()])
+            for_row_blocks(check, self.out_features, self.in_features)
         except ValueError as error:
             yield f"{name}.positions {error}."
             return
-        if padded:
+        if any(padded):
             yield f"{name}.values is not zero at a marked column past the {self.in_features} of a row; it must be."
         if (outliers := self.config.outliers) is not None:
             yield from dict.fromkeys(

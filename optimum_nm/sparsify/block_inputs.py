@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import NMError
+from ..packing.values import all_finite
 from .activations import Activations
 
+FORM_TOKENS = 16  # tell in which form a block returns its output
 TOKENS_PER_BATCH = 2048  # products are as fast with these as with more, whose intermediate results take more memory
 
 
@@ -52,7 +54,7 @@ class BlockInputs:
         self.hidden = Activations() if hidden is None else hidden
         self._device = model.device if device is None else device
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        self._forms = self._output_forms(windows[:1])
+        self._forms = self._output_forms(windows[:1, :FORM_TOKENS])
         known: list[Tensor] = []
         for batch in self.batches:
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -86,7 +88,7 @@ class BlockInputs:
 
         def output(batch: int) -> Tensor:
             hidden = self.run(index, batch)
-            if not torch.isfinite(hidden).all():
+            if not all_finite(hidden):
                 raise NMError(
                     f"decoder block {index} produces activations that are not finite in {hidden.dtype}; "
                     "load the model with dtype='float32'."
