@@ -85,6 +85,8 @@ class NMConfig:
             sets the fields that docs/accuracy.md lists under it and that are not given; None for the defaults here.
         calibration_samples: number of calibration windows.
         calibration_length: tokens per window.
+        calibration_packing: documents are joined to fill windows; if not, each window is the beginning of a document of
+            its own, as encoders of single sentences read them, and shorter documents are left out.
         seed: of the choice of windows.
 
     Raises:
@@ -113,6 +115,7 @@ class NMConfig:
     preset: str | None = None
     calibration_samples: int = 128
     calibration_length: int = 1024
+    calibration_packing: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -134,8 +137,9 @@ class NMConfig:
                 raise NMError(f"{name} is {getattr(self, name)!r}; it must be a whole number above 0.")
         if type(self.swaps) is not int or self.swaps < 0:
             raise NMError(f"swaps is {self.swaps!r}; it must be a whole number, 0 or more.")
-        if not isinstance(self.share_embedding, bool):
-            raise NMError(f"share_embedding is {self.share_embedding!r}; it must be true or false.")
+        for name in ("share_embedding", "calibration_packing"):
+            if not isinstance(getattr(self, name), bool):
+                raise NMError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         if not isinstance(self.exclude, list) or not all(isinstance(p, str) for p in self.exclude):
             raise NMError(f"exclude is {self.exclude!r}; it must be a list of name patterns.")
         self._layer({})

@@ -225,6 +225,7 @@ class NMOptimizer:
             config.calibration_samples,
             config.calibration_length,
             config.seed,
+            config.calibration_packing,
             progress,
         )
         self._weights.close(names)

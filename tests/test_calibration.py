@@ -14,7 +14,7 @@ from optimum_nm.calibration import sources
 from optimum_nm.calibration.generation import _first_tokens, generate_windows
 from optimum_nm.calibration.mixing import read_windows, share_out
 from optimum_nm.calibration.sources import read_documents
-from optimum_nm.calibration.windows import calibration_windows
+from optimum_nm.calibration.windows import calibration_windows, document_windows
 from optimum_nm.errors import NMError
 
 TEXTS = ["The first article.", "The second, longer article.", "The third."]
@@ -75,6 +75,24 @@ def test_windows_are_whole_stretches_of_the_text(tokenizer):
     assert windows.shape == (5, 32) and windows.dtype == torch.int64
     starts = [i for row in windows.tolist() for i in range(0, len(tokens), 32) if tokens[i : i + 32] == row]
     assert len(set(starts)) == 5
+
+
+def test_unpacked_windows_are_beginnings_of_documents(tokenizer):
+    documents = [f"{i} birds " * (i + 1) for i in range(20)]
+    windows = read_windows(documents, None, tokenizer, 6, 32, seed=0, packing=False)
+    beginnings = [tokens[:32] for text in documents if len(tokens := tokenizer(text)["input_ids"]) >= 32]
+    rows = windows.tolist()
+    assert windows.shape == (6, 32) and windows.dtype == torch.int64
+    assert all(row in beginnings for row in rows) and len({tuple(row) for row in rows}) == 6
+    assert torch.equal(windows, document_windows(documents, tokenizer, 6, 32, seed=0))
+    assert not torch.equal(windows, document_windows(documents, tokenizer, 6, 32, seed=1))
+
+
+def test_unpacked_windows_need_long_documents(tokenizer, caplog):
+    with pytest.raises(NMError, match=r"longest document of the calibration text has \d+ tokens.* one of 32"):
+        document_windows(["short", "a little longer"], tokenizer, 2, 32, seed=0)
+    assert len(document_windows(["short", "long " * 40], tokenizer, 2, 32, seed=0)) == 1
+    assert "makes 1 windows of 32 tokens, not the 2" in caplog.text
 
 
 def test_windows_depend_on_the_seed_alone(tokenizer, text):

@@ -16,7 +16,7 @@ from optimum_nm.patterns import NMPattern, OutlierPattern
 from optimum_nm.sparsify.layer import solve_layer
 from optimum_nm.sparsify.mask import best_masks, best_support, choose_masks
 from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, inverse_factor, products, quantize_solution
-from optimum_nm.sparsify.solvers.products import product_with
+from optimum_nm.sparsify.solvers.products import product_with, rounded_products
 from optimum_nm.sparsify.statistics import StatisticsCollector
 
 
@@ -155,6 +155,19 @@ def test_product_is_exact_elsewhere(monkeypatch):
     monkeypatch.setattr(products, "LEAST_WIDTH", 96)
     monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: False)
     assert torch.equal(product_with(gram)(inputs), inputs @ gram)
+
+
+def test_products_are_rounded_inside_only(monkeypatch):
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: False)
+    with rounded_products():
+        assert setting.fp32_precision == before
+    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: True)
+    with pytest.raises(RuntimeError), rounded_products():
+        assert setting.fp32_precision == "bf16"
+        raise RuntimeError
+    assert setting.fp32_precision == before
 
 
 @pytest.mark.parametrize("outliers", [None, "4:32"])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import NMError
 from .generation import generate_windows
 from .sources import CalibrationSource, read_documents
-from .windows import calibration_windows
+from .windows import calibration_windows, document_windows
 
 SELF = "self"  # the source that is the model itself
 
@@ -27,6 +27,7 @@ def read_windows(
     samples: int,
     length: int,
     seed: int,
+    packing: bool = True,
     progress: bool = True,
 ) -> Tensor:
     """Windows of calibration text, those of several sources in random order.
@@ -34,6 +35,7 @@ def read_windows(
     Args:
         calibration: what `read_documents` takes, "self" for text that `model` generates, or {source: share}.
         model: dense, in eval mode; only "self" runs it.
+        packing: documents are joined to fill windows; otherwise each window is the beginning of one.
 
     Returns:
         Token ids, int64 `[samples or fewer, length]`.
@@ -45,7 +47,8 @@ def read_windows(
     def read(source: CalibrationSource, count: int) -> Tensor:
         if is_self(source):
             return generate_windows(model, tokenizer, count, length, seed, progress)
-        return calibration_windows(read_documents(source), tokenizer, count, length, seed)
+        cut = calibration_windows if packing else document_windows
+        return cut(read_documents(source), tokenizer, count, length, seed)
 
     if not isinstance(calibration, Mapping):
         return read(calibration, samples)

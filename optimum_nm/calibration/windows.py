@@ -1,4 +1,4 @@
-"""Windows of tokens to calibrate on."""
+"""Windows of tokens to calibrate on: stretches of joined documents, or the beginnings of documents."""
 
 from __future__ import annotations
 
@@ -42,9 +42,41 @@ def calibration_windows(
             f"calibration text has {len(tokens)} tokens; one window (calibration_length) needs {length}, "
             f"and calibration_samples={samples} of them are better."
         )
+    _warn_of_few(available, length, samples)
+    windows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
+    return windows[torch.randperm(available, generator=generator)[:samples]]
+
+
+def document_windows(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int
+) -> Tensor:
+    """As `calibration_windows`, but each window is the beginning of a document of its own, as a model is given single
+    sentences: documents are cut as the tokenizer truncates, special tokens included, and shorter ones left out.
+
+    Raises:
+        NMError: no document is long enough.
+    """
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    windows: list[list[int]] = []
+    longest = 0
+    for index in order:
+        tokens = tokenizer(documents[index], truncation=True, max_length=length)["input_ids"]
+        longest = max(longest, len(tokens))
+        if len(tokens) == length:
+            windows.append(tokens)
+        if len(windows) == samples:
+            break
+    if not windows:
+        raise NMError(
+            f"the longest document of the calibration text has {longest} tokens; with calibration_packing=False one of "
+            f"{length} (calibration_length) is needed for each window."
+        )
+    _warn_of_few(len(windows), length, samples)
+    return torch.tensor(windows, dtype=torch.int64)
+
+
+def _warn_of_few(available: int, length: int, samples: int) -> None:
     if available < samples:
         logger.warning(
             "The calibration text makes %d windows of %d tokens, not the %d asked for.", available, length, samples
         )
-    windows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
-    return windows[torch.randperm(available, generator=generator)[:samples]]

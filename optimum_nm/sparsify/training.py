@@ -14,6 +14,7 @@ from ..finetune_config import TrainingConfig
 from ..packing.values import expand_scales, quantize, round_to_levels
 from .ranks import average_, average_gradients
 from .solvers import Solution
+from .solvers.products import rounded_products
 
 BETAS = (0.9, 0.95)
 GRADIENT_CLIP = 1.0
@@ -99,7 +100,7 @@ def train(
     best, epochs_without_gain = [tensor.detach().clone() for tensor in trained], 0
     for _ in range(settings.epochs):
         for batch in torch.tensor(batches)[torch.randperm(len(batches), generator=generator)].tolist():
-            with torch.enable_grad():
+            with torch.enable_grad(), rounded_products():
                 loss(batch).backward(inputs=trained)
             average_gradients(trained)
             nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)

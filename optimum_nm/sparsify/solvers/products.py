@@ -1,8 +1,9 @@
-"""Products with a symmetric matrix, as fast as the processor makes them."""
+"""Products that need not be exact, as fast as the processor makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -28,6 +29,25 @@ def product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     others = matrix.to(torch.bfloat16)
     others.diagonal().zero_()
     return lambda inputs: torch.addcmul((inputs.to(torch.bfloat16) @ others).float(), inputs, diagonal)
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Inside, products of float32 matrices round their factors to bfloat16, and sum in float32, where the processor
+    multiplies tiles of these (AMX, more than twice as fast, conversions included).
+
+    For training, whose gradients differ by more from batch to batch.
+    """
+    products = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(products, "fp32_precision") or not _multiplies_bfloat16():
+        yield
+        return
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 @cache
