@@ -39,7 +39,7 @@ def rounded_products() -> Iterator[None]:
     For training, whose gradients differ by more from batch to batch.
     """
     products = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(products, "fp32_precision") or not _multiplies_bfloat16():
+    if products is None or not hasattr(products, "fp32_precision") or not _multiplies_bfloat16():
         yield
         return
     before = products.fp32_precision
