@@ -119,7 +119,6 @@ int64_t PieceOutputs(const Layout& l, int64_t rows) {
   int64_t outputs = by_count > by_bytes ? by_count : by_bytes;
   const int64_t by_rows = rows < kManyRows ? 0 : l.out_features / 8 < kWideOutputs ? l.out_features / 8 : kWideOutputs;
   if (by_rows > outputs) outputs = by_rows;
-  if (getenv("PO")) return atol(getenv("PO"));
   return (outputs + kOutputTile - 1) / kOutputTile * kOutputTile;
 }
 
