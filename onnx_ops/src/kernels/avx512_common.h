@@ -93,7 +93,8 @@ inline __m512i UnrankWide(__m512i codes, int n) {
   return masks;
 }
 
-// Masks of an output row as the kernels read them, one 64-column step at a time: from memory …
+// Masks of an output row as the kernels read them, one 64-column step at a time; `last_step` is the first that cannot
+// be read in place, the number of steps where all can. From memory …
 struct StoredMasks {
   static constexpr bool kStored = true;
   const uint8_t* masks;
@@ -139,10 +140,12 @@ class MaskReader {
   // A bitmap is used where it is; codes are written to scratch as masks. Dense rows have no masks.
   StoredMasks Stored(int64_t output, uint8_t* scratch) const {
     const Layout& l = layout_;
-    if (l.dense) return {scratch, ~uint64_t{0}, steps_ - 1};
+    if (l.dense) return {scratch, ~uint64_t{0}, last_columns_ == ~uint64_t{0} ? steps_ : steps_ - 1};
     const uint8_t* row = l.positions + output * l.position_bytes;
     const int64_t before_last = 8 * (steps_ - 1);
     if (l.bitmap) {
+      if (last_columns_ == ~uint64_t{0} && l.position_bytes == 8 * steps_)
+        return {row, Load64(row + before_last), steps_};
       return {row, LoadPartial(row + before_last, l.position_bytes - before_last) & last_columns_, steps_ - 1};
     }
     if (l.m == 32) {

@@ -89,29 +89,51 @@ struct IntegerRow {
     __m512 totals[R];
     for (__m512& total : totals) total = _mm512_setzero_ps();
     const int64_t per_block = kBlockSteps > 0 ? kBlockSteps : block_steps;
-    const int64_t plain_blocks = Min(reader.whole_steps, reader.steps - 1) / per_block;
+    const int64_t plain_blocks = Min(reader.whole_steps, masks.last_step) / per_block;
     const int64_t blocks = (reader.steps + per_block - 1) / per_block;
-    for (int64_t b = 0; b < blocks; ++b) {
-      typename Dot::Sum block[R];
-      for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
-      int64_t step = b * per_block;
-      if (b < plain_blocks) {
-        for (int64_t i = 0; i < per_block; ++i, ++step) {
-          masks.PrefetchStep(step);
-          if (i % 2 == 0) Prefetch(reader.Address(values, step));
-          const __m512i w = reader.LoadInPlace(values, step, masks.PlainStep(step));
-          dot.template Step<R>(w, reader.offset, step, block);
-        }
-      } else {
-        for (; step < Min((b + 1) * per_block, reader.steps); ++step) {
-          dot.template Step<R>(reader.Load(values, step, masks.Step(step)), reader.offset, step, block);
-        }
-      }
+    const auto add = [&](const typename Dot::Sum(&block)[R], int64_t b) {
       for (int r = 0; r < R; ++r) {
         totals[r] = _mm512_fmadd_ps(Dot::Value(block[r]), _mm512_set1_ps(scales[r * scales_stride + b]), totals[r]);
       }
+    };
+    for (int64_t b = 0; b < plain_blocks; ++b) {
+      typename Dot::Sum block[R];
+      for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
+      if constexpr (kBlockSteps > 0) {
+        AddPlainBlock<R, kBlockSteps>(dot, b, block);
+      } else {
+        for (int64_t step = b * per_block; step < (b + 1) * per_block; ++step) {
+          masks.PrefetchStep(step);
+          if (step % 2 == 0) Prefetch(reader.Address(values, step));
+          const __m512i w = reader.LoadInPlace(values, step, masks.PlainStep(step));
+          dot.template Step<R>(w, reader.offset, step, block);
+        }
+      }
+      add(block, b);
+    }
+    for (int64_t b = plain_blocks; b < blocks; ++b) {
+      typename Dot::Sum block[R];
+      for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
+      for (int64_t step = b * per_block; step < Min((b + 1) * per_block, reader.steps); ++step) {
+        dot.template Step<R>(reader.Load(values, step, masks.Step(step)), reader.offset, step, block);
+      }
+      add(block, b);
     }
     for (int r = 0; r < R; ++r) sums[r] = Sum(totals[r]);
+  }
+
+  // An even number of steps, each at a place known from that of the block: of all instructions half would be for
+  // addresses otherwise.
+  template <int R, int kBlockSteps, class Dot>
+  void AddPlainBlock(const Dot& dot, int64_t b, typename Dot::Sum (&block)[R]) const {
+    static_assert(kBlockSteps % 2 == 0, "a pair of steps shares its bytes");
+    const uint8_t* block_values = reader.Address(values, b * kBlockSteps);
+    Prefetch(masks.Address(b * kBlockSteps));
+    for (int i = 0; i < kBlockSteps; ++i) {
+      if (i % 2 == 0) Prefetch(reader.Address({block_values, nullptr}, i));
+      const __m512i w = reader.LoadInPlace({block_values, nullptr}, i, masks.PlainStep(b * kBlockSteps + i));
+      dot.template Step<R>(w, reader.offset, b * kBlockSteps + i, block);
+    }
   }
 };
 
