@@ -159,12 +159,14 @@ def test_product_is_exact_elsewhere(monkeypatch):
 
 def test_products_are_rounded_inside_only(monkeypatch):
     setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
+    before, many = setting.fp32_precision, products.LEAST_WEIGHTS
     monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: False)
-    with rounded_products():
+    with rounded_products(many):
         assert setting.fp32_precision == before
     monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: True)
-    with pytest.raises(RuntimeError), rounded_products():
+    with rounded_products(many - 1):
+        assert setting.fp32_precision == before
+    with pytest.raises(RuntimeError), rounded_products(many):
         assert setting.fp32_precision == "bf16"
         raise RuntimeError
     assert setting.fp32_precision == before

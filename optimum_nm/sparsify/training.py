@@ -100,7 +100,7 @@ def train(
     best, epochs_without_gain = [tensor.detach().clone() for tensor in trained], 0
     for _ in range(settings.epochs):
         for batch in torch.tensor(batches)[torch.randperm(len(batches), generator=generator)].tolist():
-            with torch.enable_grad(), rounded_products():
+            with torch.enable_grad(), rounded_products(sum(weight.numel() for weight in weights)):
                 loss(batch).backward(inputs=trained)
             average_gradients(trained)
             nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)

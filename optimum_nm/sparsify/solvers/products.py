@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Narrower layers take little time, and come out alike on every processor.
 LEAST_WIDTH = 2048
+LEAST_WEIGHTS = 1 << 20  # trained together
 
 
 def product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
@@ -32,14 +33,18 @@ def product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def rounded_products() -> Iterator[None]:
+def rounded_products(weights: int) -> Iterator[None]:
     """Inside, products of float32 matrices round their factors to bfloat16, and sum in float32, where the processor
     multiplies tiles of these (AMX, more than twice as fast, conversions included).
 
     For training, whose gradients differ by more from batch to batch.
+
+    Args:
+        weights: how many are trained; with fewer than LEAST_WEIGHTS products stay float32.
     """
     products = getattr(torch.backends.mkldnn, "matmul", None)
-    if products is None or not hasattr(products, "fp32_precision") or not _multiplies_bfloat16():
+    settable = hasattr(products, "fp32_precision")
+    if products is None or not settable or weights < LEAST_WEIGHTS or not _multiplies_bfloat16():
         yield
         return
     before = products.fp32_precision
