@@ -13,10 +13,11 @@ from optimum_nm.nn.linear import NMLinear
 from optimum_nm.optimizer import NMOptimizer
 from optimum_nm.packing.packed_weight import PackedWeight
 from optimum_nm.patterns import NMPattern, OutlierPattern
+from optimum_nm.sparsify import products
 from optimum_nm.sparsify.layer import solve_layer
 from optimum_nm.sparsify.mask import best_masks, best_support, choose_masks
-from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, inverse_factor, products, quantize_solution
-from optimum_nm.sparsify.solvers.products import product_with, rounded_products
+from optimum_nm.sparsify.products import product_with, rounded_products
+from optimum_nm.sparsify.solvers import SOLVERS, conjugate_gradients, inverse_factor, quantize_solution
 from optimum_nm.sparsify.statistics import StatisticsCollector
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..errors import NMError
 from ..nn.convert import dense_weight
+from ..packing.values import all_finite
 from .block_inputs import BlockInputs
 
 
@@ -47,7 +48,7 @@ def output_fisher(
         with torch.enable_grad(), _squared_gradients(linears, sums) as watched:
             final = states.pop().detach().requires_grad_()
             logits = inputs.logits(batch, final).float().flatten(0, -2)
-            if not torch.isfinite(logits).all():
+            if not all_finite(logits):
                 raise NMError("the dense model's predictions are not finite; load it with dtype='float32'.")
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).flatten()
             loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
@@ -62,7 +63,7 @@ def output_fisher(
             if watched:  # linears before the first block, as OPT's project_in
                 torch.autograd.grad(entry, watched, gradient)
     for name, total in sums.items():
-        if not torch.isfinite(total).all():
+        if not all_finite(total):
             raise NMError(f"{name} has gradients that are not finite; load the model with dtype='float32'.")
     return {name: total / tokens for name, total in sums.items()}
 

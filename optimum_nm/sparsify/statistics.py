@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import NMError
 from ..nn.convert import dense_weight
+from ..packing.values import all_finite
 from .ranks import count, gather, maximum_, sum_
 
 SAMPLED_TOKENS = 2048  # inputs kept as they are, on which the output error is measured when there is no Gram matrix
@@ -226,6 +227,6 @@ class StatisticsCollector:
             result[name].assume_if_unreached()
             if len(result[name].samples) > 1:
                 result[name].samples = [torch.cat(result[name].samples)]
-            if not torch.isfinite(result[name].square_sum).all():
+            if not all_finite(result[name].square_sum):
                 raise NMError(f"{name} receives activations that are not finite; they must be finite numbers.")
         return result

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..config import INTEGER_DTYPES, LayerConfig
 from ..finetune_config import TrainingConfig
 from ..packing.values import expand_scales, quantize, round_to_levels
+from .products import rounded_products
 from .ranks import average_, average_gradients
 from .solvers import Solution
-from .solvers.products import rounded_products
 
 BETAS = (0.9, 0.95)
 GRADIENT_CLIP = 1.0
@@ -97,10 +97,11 @@ def train(
         return average_(mean(loss(batch) for batch in held_out or batches[:1])).item()
 
     before = after = measure()
+    size = sum(weight.numel() for weight in weights)
     best, epochs_without_gain = [tensor.detach().clone() for tensor in trained], 0
     for _ in range(settings.epochs):
         for batch in torch.tensor(batches)[torch.randperm(len(batches), generator=generator)].tolist():
-            with torch.enable_grad(), rounded_products(sum(weight.numel() for weight in weights)):
+            with torch.enable_grad(), rounded_products(size):
                 loss(batch).backward(inputs=trained)
             average_gradients(trained)
             nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)

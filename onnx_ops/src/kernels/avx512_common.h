@@ -133,6 +133,7 @@ class MaskReader {
     if (!l.dense && !l.bitmap && l.m != 32) table_ = GetFieldTable(l.n, l.m);
     steps_ = Steps(l);
     last_columns_ = LowMask(l.groups * l.m - (steps_ - 1) * kStep);
+    whole_ = last_columns_ == ~uint64_t{0};
   }
 
   static size_t ScratchBytes(const Layout& l) { return static_cast<size_t>(RoundUp(l.in_features, 512) / 8 + 64); }
@@ -140,12 +141,11 @@ class MaskReader {
   // A bitmap is used where it is; codes are written to scratch as masks. Dense rows have no masks.
   StoredMasks Stored(int64_t output, uint8_t* scratch) const {
     const Layout& l = layout_;
-    if (l.dense) return {scratch, ~uint64_t{0}, last_columns_ == ~uint64_t{0} ? steps_ : steps_ - 1};
+    if (l.dense) return {scratch, ~uint64_t{0}, whole_ ? steps_ : steps_ - 1};
     const uint8_t* row = l.positions + output * l.position_bytes;
     const int64_t before_last = 8 * (steps_ - 1);
     if (l.bitmap) {
-      if (last_columns_ == ~uint64_t{0} && l.position_bytes == 8 * steps_)
-        return {row, Load64(row + before_last), steps_};
+      if (whole_ && l.position_bytes == 8 * steps_) return {row, Load64(row + before_last), steps_};
       return {row, LoadPartial(row + before_last, l.position_bytes - before_last) & last_columns_, steps_ - 1};
     }
     if (l.m == 32) {
@@ -195,6 +195,7 @@ class MaskReader {
   FieldTable table_;
   int64_t steps_;
   uint64_t last_columns_;
+  bool whole_;  // the last step has groups for all its columns
 };
 
 // Stored values of an int4 row from `first` (a multiple of 64) to the end, at most 128, one a byte.

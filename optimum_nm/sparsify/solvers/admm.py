@@ -12,8 +12,8 @@ from ...config import LayerConfig
 from ...memory import release_freed_memory
 from ...packing.row_blocks import row_blocks
 from ..mask import best_masks, best_support
+from ..products import LEAST_WIDTH, product_with
 from .conjugate_gradients import conjugate_gradients
-from .products import LEAST_WIDTH, product_with
 from .solution import Solution, normalized
 
 DAMPING = 0.1
