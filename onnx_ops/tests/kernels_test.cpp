@@ -181,6 +181,24 @@ void TestRandomShapes(std::mt19937& random, int count) {
   }
 }
 
+// Rows without a tail, which have kernels of their own: an even and an odd number of steps, whatever else varies.
+void TestWholeRows(std::mt19937& random) {
+  for (int64_t in_features = 128; in_features <= 1344; in_features += 64) {
+    for (int dtype : {NM_FLOAT16, NM_BFLOAT16, NM_INT8, NM_INT4}) {
+      for (int positions : {NM_CODES, NM_BITMAP}) {
+        for (int64_t group_size : {-1, 64, 128}) {
+          const int m = positions == NM_CODES || random() % 2 == 0 ? 16 : random() % 2 == 0 ? 8 : 4;
+          const int outliers = static_cast<int>(random() % 3) * 8;
+          const int64_t out_features = 1 + static_cast<int64_t>(random() % 40);
+          const Shape s = {in_features, out_features,           m / 2,     m, dtype, positions, group_size,
+                           outliers,    outliers > 0 ? 256 : 0, NM_FLOAT16};
+          CheckShape(s, 1 + static_cast<int64_t>(random() % 7), random() % 8 == 0, random);
+        }
+      }
+    }
+  }
+}
+
 // Rows and outputs around and beyond the tiles of the kernels for many rows.
 void TestManyRows(std::mt19937& random, int count) {
   static const int64_t edges[] = {8, 16, 32, 64, 128, 512, 1024};
@@ -310,6 +328,7 @@ int main(int argc, char** argv) {
   std::mt19937 random(argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 1);
   nm_test::TestHalfConversions();
   nm_test::TestEveryTail(random);
+  nm_test::TestWholeRows(random);
   nm_test::TestRandomShapes(random, count);
   nm_test::TestManyRows(random, count / 10);
   nm_test::TestHostileWeights(random, 4 * count);

@@ -1,80 +1,11 @@
 // AVX-512 kernels of integer weights for few activation rows. Pruned columns become the offset, so that one precomputed
 // sum of activations cancels it everywhere.
+#include "avx512_integer_dots.h"
 #include "avx512_integer_weights.h"
 #include "kernels.h"
 
 namespace nm {
 namespace {
-
-struct BytesDot {  // int8 activations
-  using Sum = __m512i;
-  static constexpr bool kInt8Activations = true;
-  const uint8_t* a;
-  int64_t a_stride;
-  const int32_t* starts;
-  int64_t starts_stride;
-  const float* scales;
-  int64_t scales_stride;
-
-  BytesDot(const PackedRows& p, const uint8_t* packed, int64_t row)
-      : a(packed + p.bytes + row * p.columns),
-        a_stride(p.columns),
-        starts(reinterpret_cast<const int32_t*>(packed + p.starts) + row * p.blocks * 16),
-        starts_stride(p.blocks * 16),
-        scales(reinterpret_cast<const float*>(packed + p.scales) + row * RoundUp(p.blocks, 16)),
-        scales_stride(RoundUp(p.blocks, 16)) {}
-
-  // Weight scales of a row times the scales of R activation rows.
-  template <int R>
-  void ScaleProducts(const float* weight_scales, int64_t blocks, int64_t stride, float* products) const {
-    for (int r = 0; r < R; ++r) {
-      for (int64_t b = 0; b < blocks; b += 16) {
-        const __m512 product =
-            _mm512_mul_ps(_mm512_load_ps(weight_scales + b), _mm512_load_ps(scales + r * scales_stride + b));
-        _mm512_store_ps(products + r * stride + b, product);
-      }
-    }
-  }
-
-  Sum Start(int r, int64_t block) const { return _mm512_load_si512(starts + r * starts_stride + 16 * block); }
-  template <int R>
-  void Step(__m512i w, __m512i, int64_t step, Sum (&sums)[R]) const {
-    for (int r = 0; r < R; ++r) {
-      sums[r] = _mm512_dpbusd_epi32(sums[r], w, _mm512_load_si512(a + r * a_stride + kStep * step));
-    }
-  }
-  static __m512 Value(Sum sum) { return _mm512_cvtepi32_ps(sum); }
-};
-
-struct FloatsDot {  // float32 activations, every fourth column in one vector
-  using Sum = __m512;
-  static constexpr bool kInt8Activations = false;
-  const float* a;
-  int64_t a_stride;
-
-  FloatsDot(const PackedRows& p, const uint8_t* packed, int64_t row)
-      : a(reinterpret_cast<const float*>(packed + p.ordered) + row * p.columns), a_stride(p.columns) {}
-
-  template <int R>
-  void ScaleProducts(const float* weight_scales, int64_t blocks, int64_t stride, float* products) const {
-    for (int r = 0; r < R; ++r) memcpy(products + r * stride, weight_scales, static_cast<size_t>(blocks) * 4);
-  }
-
-  Sum Start(int, int64_t) const { return _mm512_setzero_ps(); }
-  template <int R>
-  void Step(__m512i w, __m512i offset, int64_t step, Sum (&sums)[R]) const {
-    const __m512i q = _mm512_sub_epi8(w, offset);
-    const __m512i first = _mm512_slli_epi32(q, 24);
-    const __m512i tops[4] = {first, _mm512_slli_epi32(q, 16), _mm512_slli_epi32(q, 8), q};
-    for (int j = 0; j < 4; ++j) {
-      const __m512 values = _mm512_cvtepi32_ps(_mm512_srai_epi32(tops[j], 24));
-      for (int r = 0; r < R; ++r) {
-        sums[r] = _mm512_fmadd_ps(values, _mm512_load_ps(a + r * a_stride + kStep * step + 16 * j), sums[r]);
-      }
-    }
-  }
-  static __m512 Value(Sum sum) { return sum; }
-};
 
 // One output row times R activation rows.
 template <class Weights, class Rest, class Masks>
@@ -83,14 +14,13 @@ struct IntegerRow {
   IntegerValues values;
   Masks masks;
 
-  // kBlockSteps: steps of a block, 0 for block_steps of them. scales[r · scales_stride + block].
-  template <int R, int kBlockSteps, class Dot>
+  // scales[r · scales_stride + block].
+  template <int R, class Dot>
   void Multiply(const Dot& dot, int64_t block_steps, const float* scales, int64_t scales_stride, float* sums) const {
     __m512 totals[R];
     for (__m512& total : totals) total = _mm512_setzero_ps();
-    const int64_t per_block = kBlockSteps > 0 ? kBlockSteps : block_steps;
-    const int64_t plain_blocks = Min(reader.whole_steps, masks.last_step) / per_block;
-    const int64_t blocks = (reader.steps + per_block - 1) / per_block;
+    const int64_t plain_blocks = Min(reader.whole_steps, masks.last_step) / block_steps;
+    const int64_t blocks = (reader.steps + block_steps - 1) / block_steps;
     const auto add = [&](const typename Dot::Sum(&block)[R], int64_t b) {
       for (int r = 0; r < R; ++r) {
         totals[r] = _mm512_fmadd_ps(Dot::Value(block[r]), _mm512_set1_ps(scales[r * scales_stride + b]), totals[r]);
@@ -99,41 +29,23 @@ struct IntegerRow {
     for (int64_t b = 0; b < plain_blocks; ++b) {
       typename Dot::Sum block[R];
       for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
-      if constexpr (kBlockSteps > 0) {
-        AddPlainBlock<R, kBlockSteps>(dot, b, block);
-      } else {
-        for (int64_t step = b * per_block; step < (b + 1) * per_block; ++step) {
-          masks.PrefetchStep(step);
-          if (step % 2 == 0) Prefetch(reader.Address(values, step));
-          const __m512i w = reader.LoadInPlace(values, step, masks.PlainStep(step));
-          dot.template Step<R>(w, reader.offset, step, block);
-        }
+      for (int64_t step = b * block_steps; step < (b + 1) * block_steps; ++step) {
+        masks.PrefetchStep(step);
+        if (step % 2 == 0) Prefetch(reader.Address(values, step));
+        const __m512i w = reader.LoadInPlace(values, step, masks.PlainStep(step));
+        dot.template Step<R>(w, reader.offset, step, block);
       }
       add(block, b);
     }
     for (int64_t b = plain_blocks; b < blocks; ++b) {
       typename Dot::Sum block[R];
       for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
-      for (int64_t step = b * per_block; step < Min((b + 1) * per_block, reader.steps); ++step) {
+      for (int64_t step = b * block_steps; step < Min((b + 1) * block_steps, reader.steps); ++step) {
         dot.template Step<R>(reader.Load(values, step, masks.Step(step)), reader.offset, step, block);
       }
       add(block, b);
     }
     for (int r = 0; r < R; ++r) sums[r] = Sum(totals[r]);
-  }
-
-  // An even number of steps, each at a place known from that of the block: of all instructions half would be for
-  // addresses otherwise.
-  template <int R, int kBlockSteps, class Dot>
-  void AddPlainBlock(const Dot& dot, int64_t b, typename Dot::Sum (&block)[R]) const {
-    static_assert(kBlockSteps % 2 == 0, "a pair of steps shares its bytes");
-    const uint8_t* block_values = reader.Address(values, b * kBlockSteps);
-    Prefetch(masks.Address(b * kBlockSteps));
-    for (int i = 0; i < kBlockSteps; ++i) {
-      if (i % 2 == 0) Prefetch(reader.Address({block_values, nullptr}, i));
-      const __m512i w = reader.LoadInPlace({block_values, nullptr}, i, masks.PlainStep(b * kBlockSteps + i));
-      dot.template Step<R>(w, reader.offset, b * kBlockSteps + i, block);
-    }
   }
 };
 
@@ -174,12 +86,10 @@ void IntegerOutputs(const Layout& l, int64_t rows, const uint8_t* packed, int64_
       constexpr int R = decltype(count)::value;
       float sums[R];
       const Dot dot(p, packed, r);
-      dot.template ScaleProducts<R>(scales, p.blocks, scales_stride, products);
-      if (block_steps == 2) {
-        row.template Multiply<R, 2>(dot, 2, products, scales_stride, sums);
-      } else {
-        row.template Multiply<R, 0>(dot, block_steps, products, scales_stride, sums);
+      for (int64_t b = 0; b < p.blocks; b += 16) {
+        dot.template ScaleProducts<R>(_mm512_load_ps(scales + b), b, scales_stride, products);
       }
+      row.template Multiply<R>(dot, block_steps, products, scales_stride, sums);
       StoreSums(l, p, packed, output, r, R, sums, y + output - first, y_stride);
     });
   }

@@ -26,6 +26,10 @@ struct Int8 {
     }
     return _mm512_mask_expand_epi8(offset, k, _mm512_maskz_loadu_epi8(LowMask(step_values), v));
   }
+  // The last step of an odd number of them, for Density::kHalf.
+  static __m512i LoadLone(const uint8_t* row, int64_t step, uint64_t mask, __m512i offset) {
+    return Load(row, step, mask, kStep / 2, offset);
+  }
 };
 
 template <Density density>
@@ -47,6 +51,13 @@ struct Int4 {
     const __m256i halves = step % 2 == 0 ? packed : _mm256_srli_epi16(packed, 4);
     const __mmask64 k = mask;
     return _mm512_mask_expand_epi8(offset, k, _mm512_castsi256_si512(_mm256_and_si256(halves, low_bits)));
+  }
+  // Its 16 bytes hold the first 16 values in their low halves.
+  static __m512i LoadLone(const uint8_t* row, int64_t step, uint64_t mask, __m512i offset) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 16 * step));
+    const __m256i halves = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
+    const __mmask64 k = mask;
+    return _mm512_mask_expand_epi8(offset, k, _mm512_castsi256_si512(_mm256_and_si256(halves, _mm256_set1_epi8(15))));
   }
 };
 

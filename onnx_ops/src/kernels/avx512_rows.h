@@ -41,8 +41,8 @@ Masks MasksOf(const MaskReader& reader, int64_t output, uint8_t* scratch) {
 // Every mask is used once: no need to store it.
 inline bool ReadsCodes(const Layout& l, int64_t rows) { return l.n == 8 && l.m == 16 && !l.bitmap && rows <= 4; }
 
-// Outliers: sixteen at a time, the activations gathered.
-inline float OutlierDot(const Layout& l, int64_t output, const int32_t* bases, const float* a) {
+// Outliers of an output row, sixteen at a time, the activations gathered; the lanes are to be added up.
+inline __m512 OutlierProducts(const Layout& l, int64_t output, const int32_t* bases, const float* a) {
   const uint8_t* positions = l.outlier_positions + output * l.row_outliers;
   const uint8_t* values = l.outlier_values + output * l.outlier_bytes;
   const bool half = l.outlier_dtype == NM_FLOAT16;
@@ -58,7 +58,7 @@ inline float OutlierDot(const Layout& l, int64_t output, const int32_t* bases, c
     const __m512 gathered = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, index, a, 4);
     sum = _mm512_fmadd_ps(weights, gathered, sum);
   }
-  return Sum(sum);
+  return sum;
 }
 
 inline void StoreSums(const Layout& l, const PackedRows& p, const uint8_t* packed, int64_t output, int64_t row,
@@ -66,8 +66,8 @@ inline void StoreSums(const Layout& l, const PackedRows& p, const uint8_t* packe
   for (int64_t r = row; r < row + count; ++r) {
     float sum = sums[r - row];
     if (l.row_outliers > 0) {
-      sum += OutlierDot(l, output, reinterpret_cast<const int32_t*>(packed + p.bases),
-                        reinterpret_cast<const float*>(packed + p.natural) + r * p.natural_columns);
+      sum += Sum(OutlierProducts(l, output, reinterpret_cast<const int32_t*>(packed + p.bases),
+                                 reinterpret_cast<const float*>(packed + p.natural) + r * p.natural_columns));
     }
     y[r * y_stride] = sum;
   }

@@ -36,6 +36,7 @@ struct Registry {
 #endif
 #if defined(NM_HAVE_X86_KERNELS) || defined(NM_EMULATE_AVX512)
     Append(Avx512IntegerTiles());
+    Append(Avx512WholeRows());
     Append(Avx512IntegerRows());
     Append(Avx512FloatRows());
     Append(Avx512FloatPanels());

@@ -70,6 +70,7 @@ KernelList Avx512FloatPanels();
 KernelList Avx512FloatRows();
 KernelList Avx512IntegerRows();
 KernelList Avx512IntegerTiles();
+KernelList Avx512WholeRows();
 KernelList NeonDotprodRows();
 KernelList NeonFloatRows();
 KernelList NeonIntegerRows();
