@@ -1,6 +1,6 @@
 // AVX-512 kernels of integer weights for few activation rows, where nothing of an output row is out of the ordinary:
-// half of every group is kept, the columns fill whole steps, every 128 of them have a scale. Narrow layers, of 9 steps
-// a row in SmolLM2, take as long for what surrounds the steps as for these; so there is little of it, and sixteen
+// half of every group is kept, the columns fill whole steps, a scale covers 64 or 128 of them or all. Narrow layers, of
+// 9 steps in SmolLM2, take as long for what surrounds the steps as for these; so there is little of it, and sixteen
 // outputs are added up together.
 #include "avx512_integer_dots.h"
 #include "avx512_integer_weights.h"
@@ -10,6 +10,7 @@ namespace nm {
 namespace {
 
 constexpr int64_t kTogether = 16;
+
 // Masks of a row, 64 columns each: a bitmap …
 struct BitmapMasks {
   static constexpr int64_t kStepBytes = 8;
@@ -45,9 +46,8 @@ inline __m512 SumsOfLanes(const __m512 (&v)[kTogether]) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {  // a quarter holds four vectors' sums of their quarter
-    const __m512d low = _mm512_castps_pd(pairs[2 * i]), high = _mm512_castps_pd(pairs[2 * i + 1]);
-    quads[i] =
-        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    quads[i] = _mm512_add_ps(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                             _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
@@ -116,11 +116,7 @@ struct WholeRows {
       const uint64_t pair[] = {masks.Step(positions, step), masks.LastStep(positions, step + 1)};
       AddPair<R>(dot, values, pair, step, sums);
     } else {
-      typename Dot::Sum block[R];
-      for (int r = 0; r < R; ++r) block[r] = dot.Start(r, step / kBlockSteps);
-      const __m512i w = Weights::LoadLone(values, step, masks.LastStep(positions, step), offset);
-      dot.template Step<R>(w, offset, step, block);
-      AddScaled<R>(block, step / kBlockSteps, sums);
+      AddLone<R>(dot, values, masks.LastStep(positions, step), step, sums);
     }
   }
 
@@ -148,6 +144,14 @@ struct WholeRows {
       dot.template Step<R>(Weights::Load(pair_values, i, pair[i], kStep / 2, offset), offset, step + i, block);
       if ((i + 1) % kBlockSteps == 0) AddScaled<R>(block, b, sums);
     }
+  }
+
+  template <int R>
+  void AddLone(const Dot& dot, const uint8_t* values, uint64_t mask, int64_t step, __m512 (&sums)[R]) const {
+    typename Dot::Sum block[R];
+    for (int r = 0; r < R; ++r) block[r] = dot.Start(r, step / kBlockSteps);
+    dot.template Step<R>(Weights::LoadLone(values, step, mask, offset), offset, step, block);
+    AddScaled<R>(block, step / kBlockSteps, sums);
   }
 
   template <int R>

@@ -155,6 +155,7 @@ inline void _mm_store_si128(void* p, const __m128i& v) {
 }
 
 inline __m256 _mm256_loadu_ps(const void* p) { return nm_emulated::Load<__m256>(p); }
+inline __m128i _mm_loadu_si128(const void* p) { return nm_emulated::Load<__m128i>(p); }
 inline __m256i _mm256_loadu_si256(const void* p) { return nm_emulated::Load<__m256i>(p); }
 inline __m256i _mm256_maskz_loadu_epi8(__mmask32 k, const void* p) {
   return nm_emulated::LoadMasked<__m256i, uint8_t>(k, p);
@@ -232,6 +233,7 @@ __m512i _mm512_set_epi32(Ints... from_the_highest) {
 }
 
 inline __m512 _mm512_castps256_ps512(const __m256& v) { return nm_emulated::Cast<__m512>(v); }
+inline __m256i _mm256_castsi128_si256(const __m128i& v) { return nm_emulated::Cast<__m256i>(v); }
 inline __m512i _mm512_castsi256_si512(const __m256i& v) { return nm_emulated::Cast<__m512i>(v); }
 inline __m256i _mm512_castsi512_si256(const __m512i& v) { return nm_emulated::Cast<__m256i>(v); }
 inline __m512 _mm512_castsi512_ps(const __m512i& v) { return nm_emulated::Cast<__m512>(v); }
@@ -248,6 +250,10 @@ inline __m256i _mm512_extracti64x4_epi64(const __m512i& v, int half) {
 inline __m128i _mm256_castsi256_si128(const __m256i& v) { return nm_emulated::Cast<__m128i>(v); }
 inline __m128i _mm256_extracti128_si256(const __m256i& v, int half) {
   return nm_emulated::Fill<__m128i, int64_t>([&](int i) { return nm_emulated::Get<int64_t>(v, 2 * (half & 1) + i); });
+}
+inline __m256i _mm256_inserti128_si256(__m256i v, const __m128i& piece, int half) {
+  memcpy(v.bytes + 16 * (half & 1), piece.bytes, 16);
+  return v;
 }
 inline __m512i _mm512_inserti64x4(__m512i v, const __m256i& piece, int half) {
   memcpy(v.bytes + 32 * (half & 1), piece.bytes, 32);
@@ -303,6 +309,9 @@ inline __m512i _mm512_permutex2var_epi32(const __m512i& a, const __m512i& index,
 
 inline __m256i _mm256_and_si256(const __m256i& a, const __m256i& b) {
   return nm_emulated::Map<uint64_t>([](uint64_t x, uint64_t y) { return x & y; }, a, b);
+}
+inline __m128i _mm_srli_epi16(const __m128i& a, int count) {
+  return nm_emulated::Map<uint16_t>([=](uint16_t x) { return count > 15 ? 0 : x >> count; }, a);
 }
 inline __m256i _mm256_srli_epi16(const __m256i& a, int count) {
   return nm_emulated::Map<uint16_t>([=](uint16_t x) { return count > 15 ? 0 : x >> count; }, a);
