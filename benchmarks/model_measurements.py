@@ -17,13 +17,14 @@ PROMPT, LONG_PROMPT, NEW = 32, 512, 64
 WINDOW = 1024
 
 
-def prompt(tokens: int) -> list[int]:
+def prompt(tokens: int, first: int = 100) -> list[int]:
     """Any tokens, but none that ends a text."""
-    return list(range(100, 100 + tokens))
+    return list(range(first, first + tokens))
 
 
 def genai(folder: Path, threads: int) -> dict[str, float]:
-    """In onnxruntime-genai: tokens per second after a short prompt, seconds to the first token after a long one."""
+    """In onnxruntime-genai: tokens per second of 1, 4 and 16 sequences, seconds to the first token of a long prompt."""
+    import numpy as np
     import onnxruntime_genai
 
     from optimum_nm import library_path
@@ -35,12 +36,21 @@ def genai(folder: Path, threads: int) -> dict[str, float]:
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = onnxruntime_genai.Model(config)
 
-    def generator(tokens: int) -> onnxruntime_genai.Generator:
+    def generator(tokens: int, sequences: int = 1) -> onnxruntime_genai.Generator:
         parameters = onnxruntime_genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=tokens + NEW, min_length=tokens + NEW, do_sample=False)
+        length = tokens + NEW
+        parameters.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=sequences)
         generator = onnxruntime_genai.Generator(model, parameters)
-        generator.append_tokens(prompt(tokens))
+        generator.append_tokens(np.array([prompt(tokens, first=100 + i) for i in range(sequences)], dtype=np.int32))
         return generator
+
+    def decoded(sequences: int) -> float:
+        decoding = generator(PROMPT, sequences)
+        decoding.generate_next_token()
+        start = time.perf_counter()
+        for _ in range(NEW - 1):
+            decoding.generate_next_token()
+        return sequences * (NEW - 1) / (time.perf_counter() - start)
 
     warm = generator(PROMPT)
     for _ in range(8):
@@ -48,12 +58,7 @@ def genai(folder: Path, threads: int) -> dict[str, float]:
     start = time.perf_counter()
     generator(LONG_PROMPT).generate_next_token()
     first = time.perf_counter() - start
-    decoding = generator(PROMPT)
-    decoding.generate_next_token()
-    start = time.perf_counter()
-    for _ in range(NEW - 1):
-        decoding.generate_next_token()
-    return {"decode": (NEW - 1) / (time.perf_counter() - start), "first": first}
+    return {"decode": decoded(1), "first": first, "decode 4": decoded(4), "decode 16": decoded(16)}
 
 
 def session(folder: Path, threads: int) -> dict[str, float]:
