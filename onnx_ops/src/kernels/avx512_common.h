@@ -12,8 +12,13 @@
 namespace nm {
 namespace {
 
-constexpr int64_t kStep = 64;        // columns of one step: a 64-bit mask, one vector of bytes
-constexpr int64_t kPrefetch = 2048;  // bytes ahead in each stream
+constexpr int64_t kStep = 64;  // columns of one step: a 64-bit mask, one vector of bytes
+// Bytes ahead in each stream.
+constexpr int64_t kPrefetch = 2048;
+// Of 8 bits a value and more: into the second-level cache, which can wait for three times as many lines as the first,
+// and from there. It makes rows of 16-bit values a tenth faster where they wait for memory, and int4 slower.
+constexpr int64_t kFarPrefetch = 6144;
+constexpr int64_t kNearPrefetch = 512;
 
 inline int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -21,10 +26,14 @@ inline int64_t Steps(const Layout& l) { return (l.in_features + kStep - 1) / kSt
 inline __mmask64 LowMask(int64_t count) { return count >= 64 ? ~uint64_t{0} : _bzhi_u64(~uint64_t{0}, count); }
 
 inline void Prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0); }
+inline void PrefetchFar(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + kFarPrefetch), _MM_HINT_T1);
+}
 
 template <int64_t bytes>
 inline void PrefetchLines(const uint8_t* p) {
-  Prefetch(p);
+  PrefetchFar(p);
+  _mm_prefetch(reinterpret_cast<const char*>(p + kNearPrefetch), _MM_HINT_T0);
   if constexpr (bytes > 64) PrefetchLines<bytes - 64>(p + 64);
 }
 

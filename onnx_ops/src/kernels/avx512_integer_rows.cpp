@@ -31,7 +31,7 @@ struct IntegerRow {
       for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
       for (int64_t step = b * block_steps; step < (b + 1) * block_steps; ++step) {
         masks.PrefetchStep(step);
-        if (step % 2 == 0) Prefetch(reader.Address(values, step));
+        if (step % 2 == 0) Weights::Fetch(reader.Address(values, step));
         const __m512i w = reader.LoadInPlace(values, step, masks.PlainStep(step));
         dot.template Step<R>(w, reader.offset, step, block);
       }

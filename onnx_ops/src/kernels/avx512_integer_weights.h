@@ -15,6 +15,7 @@ struct Int8 {
   static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t step_values) {
     return row + step * step_values;
   }
+  static void Fetch(const uint8_t* values) { PrefetchFar(values); }
   // 64 columns of bytes, pruned ones at the offset; row points to the values of the whole row.
   static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t step_values, __m512i offset) {
     const uint8_t* v = row + step * step_values;
@@ -39,6 +40,7 @@ struct Int4 {
   static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t) {
     return density == Density::kDense ? row + 32 * step : row + 16 * step;
   }
+  static void Fetch(const uint8_t* values) { Prefetch(values); }
   static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t, __m512i offset) {
     const __m256i low_bits = _mm256_set1_epi8(15);
     if constexpr (density == Density::kDense) {

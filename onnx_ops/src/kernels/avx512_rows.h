@@ -50,8 +50,8 @@ inline __m512 OutlierProducts(const Layout& l, int64_t output, const int32_t* ba
   for (int64_t i = 0; i < l.row_outliers; i += 16) {
     const int64_t left = l.row_outliers - i;
     const __mmask16 inside = static_cast<__mmask16>(LowMask(left));
-    _mm_prefetch(reinterpret_cast<const char*>(values + 2 * i + kPrefetch), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(positions + i + kPrefetch), _MM_HINT_T0);
+    Prefetch(values + (half ? 2 : 4) * i);
+    Prefetch(positions + i);
     const __m512i index = _mm512_add_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(inside, positions + i)),
                                            _mm512_load_si512(bases + i));
     const __m512 weights = half ? HalvesToFloats(values + 2 * i, left) : _mm512_maskz_loadu_ps(inside, values + 4 * i);

@@ -134,7 +134,7 @@ struct WholeRows {
   void AddPair(const Dot& dot, const uint8_t* values, const uint64_t (&pair)[2], int64_t step,
                __m512 (&sums)[R]) const {
     const uint8_t* pair_values = Weights::Address(values, step, kStep / 2);
-    Prefetch(pair_values);
+    Weights::Fetch(pair_values);
     typename Dot::Sum block[R];
     for (int i = 0; i < 2; ++i) {
       const int64_t b = (step + i) / kBlockSteps;
