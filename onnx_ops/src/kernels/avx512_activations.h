@@ -24,6 +24,7 @@ struct PackedRows {
   size_t starts;   // int32[16] a block: −offset times the sum of the four bytes of a lane
   size_t scales;   // float32 a block
   size_t bases;    // int32 an outlier: first column of its block
+  size_t quads;    // `natural` of each four rows, side by side: [row / 4][column][4]
   size_t total;
 };
 
@@ -44,6 +45,7 @@ inline PackedRows PlanRows(const Layout& l, int64_t rows, bool int8_activations)
   p.starts = parts.Take(int8_activations ? rows * p.blocks * 64 : 0);
   p.scales = parts.Take(int8_activations ? rows * RoundUp(p.blocks, 16) * 4 : 0);
   p.bases = parts.Take(RoundUp(l.row_outliers, 16) * 4);
+  p.quads = parts.Take(l.row_outliers > 0 ? rows / 4 * 4 * p.natural_columns * 4 : 0);
   p.total = parts.total();
   return p;
 }
@@ -51,6 +53,37 @@ inline PackedRows PlanRows(const Layout& l, int64_t rows, bool int8_activations)
 inline void PackNatural(const Layout& l, const PackedRows& p, const float* a, float* row) {
   memcpy(row, a, static_cast<size_t>(l.in_features) * sizeof(float));
   memset(row + l.in_features, 0, static_cast<size_t>(p.natural_columns - l.in_features) * sizeof(float));
+}
+
+// Of rows first … first+count-1 in `natural`, whole fours.
+inline void PackQuads(const PackedRows& p, int64_t first, int64_t count, uint8_t* packed) {
+  const float* natural = reinterpret_cast<const float*>(packed + p.natural);
+  float* quads = reinterpret_cast<float*>(packed + p.quads);
+  for (int64_t row = first; row + 4 <= first + count; row += 4) {
+    for (int64_t column = 0; column < p.natural_columns; column += 16) {
+      __m512 v[4], t[4];
+      for (int64_t r = 0; r < 4; ++r) {
+        v[r] = _mm512_load_ps(natural + (row + r) * p.natural_columns + column);
+      }
+      for (int i = 0; i < 4; i += 2) {
+        t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+      }
+      for (int i = 0; i < 2; ++i) {  // quarter q of v[j]: column 4·q + j
+        v[2 * i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        v[2 * i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+      }
+      for (int i = 0; i < 2; ++i) {
+        t[2 * i] = _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88);
+        t[2 * i + 1] = _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd);
+      }
+      float* to = quads + row * p.natural_columns + 4 * column;
+      _mm512_store_ps(to, _mm512_shuffle_f32x4(t[0], t[2], 0x88));
+      _mm512_store_ps(to + 16, _mm512_shuffle_f32x4(t[1], t[3], 0x88));
+      _mm512_store_ps(to + 32, _mm512_shuffle_f32x4(t[0], t[2], 0xdd));
+      _mm512_store_ps(to + 48, _mm512_shuffle_f32x4(t[1], t[3], 0xdd));
+    }
+  }
 }
 
 // Within each step: all columns 0 mod k, then all 1 mod k, … in the groups of 16 that shifted weight lanes meet.
@@ -115,6 +148,7 @@ inline void PackRows(const Layout& l, const float* a, int64_t first, int64_t cou
       PackInterleaved(l, p, a, k, reinterpret_cast<float*>(base + p.ordered) + row * p.columns);
     }
   }
+  if (l.row_outliers > 0) PackQuads(p, first, count, base);
   if (first == 0) {
     int32_t* bases = reinterpret_cast<int32_t*>(base + p.bases);
     for (int64_t i = 0; i < l.row_outliers; ++i) bases[i] = static_cast<int32_t>(i / l.outlier_k * l.outlier_block);

@@ -61,16 +61,54 @@ inline __m512 OutlierProducts(const Layout& l, int64_t output, const int32_t* ba
   return sum;
 }
 
+// Outliers of an output row times four activation rows, side by side in `quads`: a multiply-add for each. Gathering
+// takes four times eleven cycles for sixteen; with two rows it is faster.
+inline void OutlierQuad(const Layout& l, int64_t output, const float* quads, float* sums) {
+  const uint8_t* positions = l.outlier_positions + output * l.row_outliers;
+  const uint8_t* values = l.outlier_values + output * l.outlier_bytes;
+  const bool half = l.outlier_dtype == NM_FLOAT16;
+  __m128 chains[4];
+  for (__m128& chain : chains) chain = _mm_setzero_ps();
+  alignas(64) float weights[16];
+  for (int64_t first = 0; first < l.row_outliers; first += l.outlier_k, quads += 4 * l.outlier_block) {
+    const int64_t last = Min(first + l.outlier_k, l.row_outliers);
+    for (int64_t i = first; i < last; i += 16) {
+      const int64_t left = Min(last - i, 16);
+      const __mmask16 inside = static_cast<__mmask16>(LowMask(left));
+      Prefetch(values + (half ? 2 : 4) * i);
+      Prefetch(positions + i);
+      _mm512_store_ps(weights,
+                      half ? HalvesToFloats(values + 2 * i, left) : _mm512_maskz_loadu_ps(inside, values + 4 * i));
+      // A broadcast from memory takes no shuffle, which the compiler would use if it remembered the vector.
+      asm volatile("" ::"r"(weights) : "memory");
+      int64_t j = 0;
+      for (; j + 4 <= left; j += 4) {
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+          chains[c] =
+              _mm_fmadd_ps(_mm_set1_ps(weights[j + c]), _mm_load_ps(quads + 4 * positions[i + j + c]), chains[c]);
+        }
+      }
+      for (; j < left; ++j) {
+        chains[0] = _mm_fmadd_ps(_mm_set1_ps(weights[j]), _mm_load_ps(quads + 4 * positions[i + j]), chains[0]);
+      }
+    }
+  }
+  _mm_store_ps(sums, _mm_add_ps(_mm_add_ps(chains[0], chains[1]), _mm_add_ps(chains[2], chains[3])));
+}
+
 inline void StoreSums(const Layout& l, const PackedRows& p, const uint8_t* packed, int64_t output, int64_t row,
                       int count, const float* sums, float* y, int64_t y_stride) {
-  for (int64_t r = row; r < row + count; ++r) {
-    float sum = sums[r - row];
-    if (l.row_outliers > 0) {
-      sum += Sum(OutlierProducts(l, output, reinterpret_cast<const int32_t*>(packed + p.bases),
-                                 reinterpret_cast<const float*>(packed + p.natural) + r * p.natural_columns));
-    }
-    y[r * y_stride] = sum;
+  alignas(16) float outliers[4] = {};
+  const float* natural = reinterpret_cast<const float*>(packed + p.natural) + row * p.natural_columns;
+  if (l.row_outliers > 0 && count == 4) {
+    OutlierQuad(l, output, reinterpret_cast<const float*>(packed + p.quads) + row * p.natural_columns, outliers);
+  } else if (l.row_outliers > 0) {
+    const int32_t* bases = reinterpret_cast<const int32_t*>(packed + p.bases);
+    for (int r = 0; r < count; ++r)
+      outliers[r] = Sum(OutlierProducts(l, output, bases, natural + r * p.natural_columns));
   }
+  for (int r = 0; r < count; ++r) y[(row + r) * y_stride] = sums[r] + outliers[r];
 }
 
 constexpr int64_t kAny = INT64_MAX;

@@ -93,10 +93,13 @@ struct WholeRows {
     for (int64_t i = count; i < kTogether; ++i) {
       for (int r = 0; r < R; ++r) totals[r][i] = _mm512_setzero_ps();
     }
-    if (layout.row_outliers > 0) AddOutliers<R>(row, first, count, totals);
+    if (R < 4 && layout.row_outliers > 0) {
+      for (int r = 0; r < R; ++r) AddOutliers(row + r, first, count, totals[r]);
+    }
     for (int r = 0; r < R; ++r) {
       _mm512_mask_storeu_ps(y + r * y_stride, static_cast<__mmask16>(LowMask(count)), SumsOfLanes(totals[r]));
     }
+    if (R == 4 && layout.row_outliers > 0) AddOutliers(row, first, count, y, y_stride);
   }
 
  private:
@@ -161,15 +164,22 @@ struct WholeRows {
     }
   }
 
-  template <int R>
-  void AddOutliers(int64_t row, int64_t first, int64_t count, __m512 (&totals)[R][kTogether]) const {
+  // To the lanes of one activation row's sums …
+  void AddOutliers(int64_t row, int64_t first, int64_t count, __m512 (&totals)[kTogether]) const {
     const int32_t* bases = reinterpret_cast<const int32_t*>(packed + plan.bases);
     const float* a = reinterpret_cast<const float*>(packed + plan.natural) + row * plan.natural_columns;
     for (int64_t i = 0; i < count; ++i) {
-      for (int r = 0; r < R; ++r) {
-        const __m512 products = OutlierProducts(layout, first + i, bases, a + r * plan.natural_columns);
-        totals[r][i] = _mm512_add_ps(totals[r][i], products);
-      }
+      totals[i] = _mm512_add_ps(totals[i], OutlierProducts(layout, first + i, bases, a));
+    }
+  }
+
+  // … or to the outputs of four.
+  void AddOutliers(int64_t row, int64_t first, int64_t count, float* y, int64_t y_stride) const {
+    const float* quads = reinterpret_cast<const float*>(packed + plan.quads) + row * plan.natural_columns;
+    for (int64_t i = 0; i < count; ++i) {
+      alignas(16) float sums[4];
+      OutlierQuad(layout, first + i, quads, sums);
+      for (int r = 0; r < 4; ++r) y[r * y_stride + i] += sums[r];
     }
   }
 };

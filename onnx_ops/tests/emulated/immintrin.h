@@ -165,6 +165,7 @@ inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
 }
 inline void _mm256_storeu_si256(void* p, const __m256i& v) { nm_emulated::Store(p, v); }
 
+inline __m128 _mm_load_ps(const void* p) { return nm_emulated::Load<__m128>(nm_emulated::Aligned<__m128>(p)); }
 inline __m512 _mm512_load_ps(const void* p) { return nm_emulated::Load<__m512>(nm_emulated::Aligned<__m512>(p)); }
 inline __m512 _mm512_loadu_ps(const void* p) { return nm_emulated::Load<__m512>(p); }
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 k, const void* p) { return nm_emulated::LoadMasked<__m512, float>(k, p); }
@@ -187,6 +188,10 @@ inline __m512 _mm512_mask_i32gather_ps(const __m512& source, __mmask16 k, const 
     memcpy(&value, static_cast<const uint8_t*>(base) + int64_t{nm_emulated::Get<int32_t>(index, i)} * scale, 4);
     return value;
   });
+}
+inline void _mm_store_ps(void* p, const __m128& v) {
+  nm_emulated::Aligned<__m128>(p);
+  memcpy(p, v.bytes, sizeof(v));
 }
 inline void _mm512_store_ps(void* p, const __m512& v) {
   nm_emulated::Aligned<__m512>(p);
@@ -220,6 +225,10 @@ inline __m512i _mm512_set1_epi8(char x) {
 inline __m512i _mm512_set1_epi32(int x) {
   return nm_emulated::Fill<__m512i, int>([x](int) { return x; });
 }
+inline __m128 _mm_set1_ps(float x) {
+  return nm_emulated::Fill<__m128, float>([x](int) { return x; });
+}
+inline __m128 _mm_setzero_ps() { return _mm_set1_ps(0); }
 inline __m512 _mm512_set1_ps(float x) {
   return nm_emulated::Fill<__m512, float>([x](int) { return x; });
 }
@@ -421,6 +430,12 @@ inline __m512 _mm512_max_ps(const __m512& a, const __m512& b) {
 }
 inline __m512 _mm512_mul_ps(const __m512& a, const __m512& b) {
   return nm_emulated::Map<float>([](float x, float y) { return x * y; }, a, b);
+}
+inline __m128 _mm_add_ps(const __m128& a, const __m128& b) {
+  return nm_emulated::Map<float>([](float x, float y) { return x + y; }, a, b);
+}
+inline __m128 _mm_fmadd_ps(const __m128& a, const __m128& b, const __m128& c) {
+  return nm_emulated::Map<float>([](float x, float y, float z) { return std::fma(x, y, z); }, a, b, c);
 }
 inline __m512 _mm512_fmadd_ps(const __m512& a, const __m512& b, const __m512& c) {
   return nm_emulated::Map<float>([](float x, float y, float z) { return std::fma(x, y, z); }, a, b, c);
