@@ -120,6 +120,12 @@ inline int64_t IntegerCopyBytes(const Layout& l) {
   return rows ? RoundUp(l.row_values, 64) + 256 : 256;
 }
 
+// Scales of an output row, of sixteen blocks from `block` on, where each block has its own or all have one.
+inline __m512 ScalesFrom(const Layout& l, const uint8_t* halves, int64_t block, int64_t blocks) {
+  if (l.row_scales == 1) return _mm512_set1_ps(_mm512_cvtss_f32(HalvesToFloats(halves, 1)));
+  return HalvesToFloats(halves + 2 * block, blocks - block);
+}
+
 // Scale of each block of an output row, in float32.
 inline void BlockScales(const Layout& l, int64_t output, float* scales) {
   const uint8_t* halves = l.scales + output * l.row_scales * 2;
@@ -128,10 +134,8 @@ inline void BlockScales(const Layout& l, int64_t output, float* scales) {
   Prefetch(halves);
   for (int64_t b = 0; b < blocks; b += 16) {
     __m512 values;
-    if (l.row_scales == 1) {
-      values = _mm512_set1_ps(_mm512_cvtss_f32(HalvesToFloats(halves, 1)));
-    } else if (l.scale_columns == block) {
-      values = HalvesToFloats(halves + 2 * b, blocks - b);
+    if (l.row_scales == 1 || l.scale_columns == block) {
+      values = ScalesFrom(l, halves, b, blocks);
     } else {
       alignas(64) uint16_t repeated[32] = {};
       for (int64_t i = 0; i < Min(16, blocks - b); ++i) {

@@ -100,13 +100,12 @@ inline void OutlierQuad(const Layout& l, int64_t output, const float* quads, flo
 inline void StoreSums(const Layout& l, const PackedRows& p, const uint8_t* packed, int64_t output, int64_t row,
                       int count, const float* sums, float* y, int64_t y_stride) {
   alignas(16) float outliers[4] = {};
-  const float* natural = reinterpret_cast<const float*>(packed + p.natural) + row * p.natural_columns;
   if (l.row_outliers > 0 && count == 4) {
     OutlierQuad(l, output, reinterpret_cast<const float*>(packed + p.quads) + row * p.natural_columns, outliers);
   } else if (l.row_outliers > 0) {
     const int32_t* bases = reinterpret_cast<const int32_t*>(packed + p.bases);
-    for (int r = 0; r < count; ++r)
-      outliers[r] = Sum(OutlierProducts(l, output, bases, natural + r * p.natural_columns));
+    const float* a = reinterpret_cast<const float*>(packed + p.natural) + row * p.natural_columns;
+    for (int r = 0; r < count; ++r, a += p.natural_columns) outliers[r] = Sum(OutlierProducts(l, output, bases, a));
   }
   for (int r = 0; r < count; ++r) y[(row + r) * y_stride] = sums[r] + outliers[r];
 }

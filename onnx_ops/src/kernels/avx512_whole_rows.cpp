@@ -126,9 +126,7 @@ struct WholeRows {
   template <int R>
   void Scales(const Dot& dot, const uint8_t* halves) const {
     for (int64_t b = 0; b < plan.blocks; b += 16) {
-      const __m512 scales = layout.row_scales == 1 ? _mm512_set1_ps(_mm512_cvtss_f32(HalvesToFloats(halves, 1)))
-                                                   : HalvesToFloats(halves + 2 * b, plan.blocks - b);
-      dot.template ScaleProducts<R>(scales, b, scales_stride, products);
+      dot.template ScaleProducts<R>(ScalesFrom(layout, halves, b, plan.blocks), b, scales_stride, products);
     }
   }
 
