@@ -23,22 +23,22 @@ class TermProduct {
   template <int groups>
   void Multiply(const Chunk& chunk, float* sums, Fetcher* fetcher) const {
     LoadTiles<groups>(sums);
-    MultiplySteps<groups>(chunk, chunk.first_step, chunk.last_step, fetcher);
+    MultiplyHalfSteps<groups>(chunk, 2 * chunk.first_step, 2 * chunk.last_step, fetcher);
     StoreTiles<groups>(sums);
   }
 
-  // block_steps: under one scale.
+  // block: half steps under one scale.
   template <int groups>
-  void MultiplyScaled(const Chunk& chunk, int64_t block_steps, float* sums, Fetcher* fetcher) const {
+  void MultiplyScaled(const Chunk& chunk, int64_t block, float* sums, Fetcher* fetcher) const {
     alignas(64) float products[groups * kTileSums];
-    for (int64_t step = chunk.first_step; step < chunk.last_step; step += block_steps) {
+    for (int64_t first = 2 * chunk.first_step; first < 2 * chunk.last_step; first += block) {
       _tile_zero(4);
       _tile_zero(5);
       _tile_zero(6);
       _tile_zero(7);
-      MultiplySteps<groups>(chunk, step, Min(step + block_steps, steps_), fetcher);
+      MultiplyHalfSteps<groups>(chunk, first, Min(first + block, 2 * steps_), fetcher);
       StoreTiles<groups>(products);
-      const float* scales = scales_ + step / block_steps * band_outputs_ + chunk.output;
+      const float* scales = scales_ + first / block * band_outputs_ + chunk.output;
       for (int64_t i = 0; i < groups * kTileOutputs; ++i) {
         float* to = sums + i * kLanes;
         const __m512 scale = _mm512_set1_ps(scales[i % kTileOutputs]);
@@ -69,11 +69,11 @@ class TermProduct {
   }
 
   template <int groups>
-  void MultiplySteps(const Chunk& chunk, int64_t first_step, int64_t last_step, Fetcher* fetcher) const {
+  void MultiplyHalfSteps(const Chunk& chunk, int64_t first, int64_t last, Fetcher* fetcher) const {
     constexpr int64_t kOtherHalf = kFloatChunkSteps * terms * kPairBytes;
-    const uint8_t* w = weights_ + (first_step - chunk.first_step) * terms * kPairBytes;
-    const uint8_t* a = activations_ + 2 * first_step * half_step_bytes_ + chunk.group * PackedTerms::kBytes;
-    for (int64_t i = 2 * first_step; i < 2 * last_step; ++i, w += terms * kTileBytes, a += half_step_bytes_) {
+    const uint8_t* w = weights_ + (first - 2 * chunk.first_step) * terms * kTileBytes;
+    const uint8_t* a = activations_ + first * half_step_bytes_ + chunk.group * PackedTerms::kBytes;
+    for (int64_t i = first; i < last; ++i, w += terms * kTileBytes, a += half_step_bytes_) {
       const uint8_t* weight = w;
       for (int term = 0; term < terms; ++term, weight += kTileBytes) {
         _tile_loadd(0, weight, kTileRowBytes);
@@ -133,20 +133,20 @@ void WithFloatUnpacker(const Layout& l, const TileScratch& plan, uint8_t* scratc
 template <int dtype>
 void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
          int64_t y_stride) {
-  const WholeTiles tiles;
+  const Tiles tiles(kWholeTiles);
   const PackedTerms p(l, rows);
   const TileScratch plan = FloatTileScratch<dtype>(l, rows);
   const uint8_t* activations = static_cast<const uint8_t*>(packed);
   uint8_t* memory = static_cast<uint8_t*>(scratch);
   const TermProduct<kTerms<dtype>> product(p, plan, activations, memory);
-  const int64_t block_steps = BlockColumns(l) / kStep;
+  const int64_t block = BlockColumns(l) / kHalfStep;
   const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
     TileFence();
     if constexpr (dtype == NM_INT8 || dtype == NM_INT4) {
       if (groups == 2) {
-        product.template MultiplyScaled<2>(chunk, block_steps, sums, fetcher);
+        product.template MultiplyScaled<2>(chunk, block, sums, fetcher);
       } else {
-        product.template MultiplyScaled<1>(chunk, block_steps, sums, fetcher);
+        product.template MultiplyScaled<1>(chunk, block, sums, fetcher);
       }
     } else if (groups == 2) {
       product.template Multiply<2>(chunk, sums, fetcher);

@@ -10,7 +10,7 @@ class TileProduct {
  public:
   TileProduct(const Layout& l, const PackedTiles& packed, const TileScratch& plan, const uint8_t* activations,
               const uint8_t* scratch)
-      : packed_(packed), block_steps_(BlockColumns(l) / kStep), band_outputs_(plan.band_outputs) {
+      : packed_(packed), block_columns_(BlockColumns(l)), band_outputs_(plan.band_outputs) {
     bytes_ = activations + packed_.bytes;
     row_scales_ = reinterpret_cast<const float*>(activations + packed_.scales);
     weights_ = scratch + plan.weights;
@@ -22,8 +22,8 @@ class TileProduct {
   void Multiply(const Chunk& chunk, float* sums, Fetcher* fetcher) const {
     TileFence();
     alignas(64) int32_t products[2][groups * kTileSums];
-    const int64_t first = chunk.first_step / block_steps_;
-    const int64_t last = (chunk.last_step + block_steps_ - 1) / block_steps_;
+    const int64_t first = chunk.first_step * kStep / block_columns_;
+    const int64_t last = (chunk.last_step * kStep + block_columns_ - 1) / block_columns_;
     for (int64_t block = first; block < last; ++block) {
       MultiplyBlock<groups>(chunk, block, fetcher);
       if (block > first) AddProducts<groups>(chunk, block - 1, products[(block - 1) % 2], sums);
@@ -38,10 +38,10 @@ class TileProduct {
   template <int groups>
   void MultiplyBlock(const Chunk& chunk, int64_t block, Fetcher* fetcher) const {
     const int64_t stride = packed_.groups * kStepBytes;
-    const int64_t first = block * block_steps_;
-    const uint8_t* w = weights_ + (first - chunk.first_step) * kStepBytes;
-    const uint8_t* a = bytes_ + first * stride + chunk.group * kStepBytes;
-    const int64_t steps = Min(block_steps_, packed_.steps - first);
+    const int64_t column = block * block_columns_;
+    const uint8_t* w = weights_ + (column / kStep - chunk.first_step) * kStepBytes + column % kStep;
+    const uint8_t* a = bytes_ + packed_.StepOffset(column, chunk.group);
+    const int64_t steps = Min(Max(block_columns_ / kStep, 1), packed_.steps - column / kStep);
     _tile_zero(4);
     _tile_zero(5);
     if (groups == 2) {
@@ -100,7 +100,7 @@ class TileProduct {
   static constexpr int64_t kStepsAhead = 2;
 
   const PackedTiles& packed_;
-  const int64_t block_steps_;
+  const int64_t block_columns_;
   const int64_t band_outputs_;
   const uint8_t* bytes_;
   const float* row_scales_;
@@ -111,7 +111,7 @@ class TileProduct {
 template <template <Density> class Weights>
 void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
          int64_t y_stride) {
-  const WholeTiles tiles;
+  const Tiles tiles(BlockColumns(l) < kStep ? kHalfStepTiles : kWholeTiles);
   RunIntegerTiles<SignedStep, Weights, TileProduct>(l, rows, packed, first, last, scratch, y, y_stride);
 }
 

@@ -24,22 +24,25 @@ static_assert(sizeof(TileConfiguration) == 64, "as LDTILECFG reads it");
 
 constexpr TileConfiguration kWholeTiles = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+// Half of the columns of weights (tiles 0 and 1) and of activations (2 and 3); their products are whole.
+constexpr TileConfiguration kHalfStepTiles = {
+    1, 0, {}, {32, 32, 64, 64, 64, 64, 64, 64}, {16, 16, 8, 8, 16, 16, 16, 16}};
 
 // The intrinsics of GCC do not tell the compiler which memory they read.
 inline void TileFence() { asm volatile("" ::: "memory"); }
 
-// Eight whole tiles while it lives. A thread's configuration may belong to another library, ONNX Runtime's own int8
+// Eight tiles while it lives. A thread's configuration may belong to another library, ONNX Runtime's own int8
 // kernels among them, which expects to find it as it was.
-class WholeTiles {
+class Tiles {
  public:
-  WholeTiles() {
+  explicit Tiles(const TileConfiguration& configuration) {
     memset(&before_, 0, sizeof(before_));
     _tile_storeconfig(&before_);
     TileFence();
-    found_ = memcmp(&before_, &kWholeTiles, sizeof(before_)) == 0;
-    if (!found_) _tile_loadconfig(&kWholeTiles);
+    found_ = memcmp(&before_, &configuration, sizeof(before_)) == 0;
+    if (!found_) _tile_loadconfig(&configuration);
   }
-  ~WholeTiles() {
+  ~Tiles() {
     if (found_) return;
     if (before_.palette == 0) {
       _tile_release();
@@ -47,8 +50,8 @@ class WholeTiles {
       _tile_loadconfig(&before_);
     }
   }
-  WholeTiles(const WholeTiles&) = delete;
-  WholeTiles& operator=(const WholeTiles&) = delete;
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
 
  private:
   TileConfiguration before_;

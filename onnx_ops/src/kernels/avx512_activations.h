@@ -8,20 +8,34 @@
 namespace nm {
 namespace {
 
+constexpr int64_t kHalfStep = kStep / 2;
+
 inline int64_t BlockColumns(const Layout& l) {  // columns of one int8 activation scale, and of one integer accumulator
   if (l.scale_columns >= l.in_features) return 128;
-  return l.scale_columns % 256 == 0 ? 256 : l.scale_columns % 128 == 0 ? 128 : 64;
+  int64_t columns = 256;
+  while (columns > kHalfStep && l.scale_columns % columns != 0) columns /= 2;
+  return columns;
 }
+
+// Half steps make up whole ones: behind the last column there may be a block of zeros.
+inline int64_t BlockCount(const Layout& l) {
+  const int64_t block = BlockColumns(l);
+  return block < kStep ? Steps(l) * (kStep / block) : (l.in_features + block - 1) / block;
+}
+
+// Lanes that the columns of a block take, four each; a block of more than a step takes them again.
+inline int64_t StartLanes(const Layout& l) { return Min(BlockColumns(l) / 4, 16); }
 
 struct PackedRows {
   int64_t columns;  // padded
   int64_t blocks;
+  int64_t row_starts;
   int64_t natural_columns;  // padded so that any position byte stays inside
   int64_t ordered_columns;
   size_t natural;  // float32 in order, for the outliers and for float32 and float16 weights
   size_t ordered;  // float32 in the order of the weight vectors
   size_t bytes;    // int8
-  size_t starts;   // int32[16] a block: −offset times the sum of the four bytes of a lane
+  size_t starts;   // int32 a lane, of each block or of two half steps: −offset times the sum of its four bytes
   size_t scales;   // float32 a block
   size_t bases;    // int32 an outlier: first column of its block
   size_t quads;    // `natural` of each four rows, side by side: [row / 4][column][4]
@@ -32,9 +46,9 @@ int Interleave(const Layout& l) { return IsInteger(l.dtype) ? 4 : l.dtype == NM_
 
 inline PackedRows PlanRows(const Layout& l, int64_t rows, bool int8_activations) {
   PackedRows p = {};
-  const int64_t block = BlockColumns(l);
   p.columns = RoundUp(l.in_features, kStep);
-  p.blocks = (l.in_features + block - 1) / block;
+  p.blocks = BlockCount(l);
+  p.row_starts = p.blocks * StartLanes(l);
   p.natural_columns = p.columns + kLargestOutlierBlock;
   Parts parts;
   const bool needs_natural = l.row_outliers > 0 || (!int8_activations && Interleave(l) == 1);
@@ -42,7 +56,7 @@ inline PackedRows PlanRows(const Layout& l, int64_t rows, bool int8_activations)
   p.ordered_columns = Interleave(l) == 1 ? p.natural_columns : p.columns;
   p.ordered = Interleave(l) == 1 ? p.natural : parts.Take(int8_activations ? 0 : rows * p.columns * 4);
   p.bytes = parts.Take(int8_activations ? rows * p.columns : 0);
-  p.starts = parts.Take(int8_activations ? rows * p.blocks * 64 : 0);
+  p.starts = parts.Take(int8_activations ? rows * p.row_starts * 4 : 0);
   p.scales = parts.Take(int8_activations ? rows * RoundUp(p.blocks, 16) * 4 : 0);
   p.bases = parts.Take(RoundUp(l.row_outliers, 16) * 4);
   p.quads = parts.Take(l.row_outliers > 0 ? rows / 4 * 4 * p.natural_columns * 4 : 0);
@@ -100,8 +114,10 @@ inline void PackInterleaved(const Layout& l, const PackedRows& p, const float* a
   }
 }
 
-// Rounds one block to int8 with its own scale. Activations that are not finite make the scale NaN, and so the outputs.
-inline float PackInt8Block(const float* a, int64_t count, int offset, uint8_t* bytes, int32_t* starts) {
+// Rounds one block to int8 with its own scale; zeros follow up to `columns`, half a step or whole ones. starts: int32 a
+// lane. Activations that are not finite make the scale NaN, and so the outputs.
+inline float PackInt8Block(const float* a, int64_t count, int64_t columns, int offset, uint8_t* bytes,
+                           int32_t* starts) {
   __m512i largest = _mm512_setzero_si512();
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < count; i += 16) {
@@ -114,17 +130,33 @@ inline float PackInt8Block(const float* a, int64_t count, int offset, uint8_t* b
   const __m512 inverse = _mm512_set1_ps(finite && most > 0x1p-120f ? 127.0f / most : 0.0f);
   __m512i sums = _mm512_setzero_si512();
   const __m512i ones = _mm512_set1_epi8(1);
-  for (int64_t i = 0; i < RoundUp(count, kStep); i += 16) {
+  for (int64_t i = 0; i < columns; i += 16) {
     const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>(LowMask(count > i ? count - i : 0)), a + i);
     const __m512i rounded = finite ? _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse)) : _mm512_setzero_si512();
     _mm_store_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtsepi32_epi8(rounded));
   }
-  for (int64_t i = 0; i < RoundUp(count, kStep); i += kStep) {
-    sums = _mm512_dpbusd_epi32(sums, ones, _mm512_load_si512(bytes + i));
+  for (int64_t i = 0; i < columns; i += kStep) {
+    sums = _mm512_dpbusd_epi32(sums, ones, _mm512_maskz_loadu_epi8(LowMask(columns - i), bytes + i));
   }
-  _mm512_store_si512(starts, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-offset)));
+  const __mmask16 lanes = static_cast<__mmask16>(LowMask(columns / 4));
+  _mm512_mask_storeu_epi32(starts, lanes, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-offset)));
   if (!finite) return __builtin_nanf("");
   return most > 0x1p-120f ? most / 127.0f : 0.0f;
+}
+
+inline void PackInt8Row(const Layout& l, const PackedRows& p, const float* a, int64_t row, uint8_t* packed) {
+  const int64_t block = BlockColumns(l);
+  const int64_t lanes = StartLanes(l);
+  const int offset = l.dtype == NM_INT8 ? 128 : 8;
+  uint8_t* bytes = packed + p.bytes + row * p.columns;
+  int32_t* starts = reinterpret_cast<int32_t*>(packed + p.starts) + row * p.row_starts;
+  float* scales = reinterpret_cast<float*>(packed + p.scales) + row * RoundUp(p.blocks, 16);
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    const int64_t first = b * block;
+    const int64_t count = Max(0, Min(block, l.in_features - first));
+    scales[b] =
+        PackInt8Block(a + first, count, Min(block, p.columns - first), offset, bytes + first, starts + b * lanes);
+  }
 }
 
 inline void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed,
@@ -137,13 +169,7 @@ inline void PackRows(const Layout& l, const float* a, int64_t first, int64_t cou
       PackNatural(l, p, a, reinterpret_cast<float*>(base + p.natural) + row * p.natural_columns);
     }
     if (int8_activations) {
-      const int64_t block = BlockColumns(l);
-      for (int64_t b = 0; b < p.blocks; ++b) {
-        const float scale = PackInt8Block(a + b * block, Min(block, l.in_features - b * block),
-                                          l.dtype == NM_INT8 ? 128 : 8, base + p.bytes + row * p.columns + b * block,
-                                          reinterpret_cast<int32_t*>(base + p.starts) + (row * p.blocks + b) * 16);
-        reinterpret_cast<float*>(base + p.scales)[row * RoundUp(p.blocks, 16) + b] = scale;
-      }
+      PackInt8Row(l, p, a, row, base);
     } else if (k > 1) {
       PackInterleaved(l, p, a, k, reinterpret_cast<float*>(base + p.ordered) + row * p.columns);
     }

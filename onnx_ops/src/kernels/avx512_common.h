@@ -22,6 +22,7 @@ constexpr int64_t kNearPrefetch = 512;
 
 inline int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t Max(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t Steps(const Layout& l) { return (l.in_features + kStep - 1) / kStep; }
 inline __mmask64 LowMask(int64_t count) { return count >= 64 ? ~uint64_t{0} : _bzhi_u64(~uint64_t{0}, count); }
 

@@ -8,6 +8,15 @@
 namespace nm {
 namespace {
 
+// The scale of each lane of a sum of one or more steps, of which each has a scale or each half step has.
+inline __m512 LaneScales(bool half_steps, const float* scales, int64_t sum) {
+  if (!half_steps) return _mm512_set1_ps(scales[sum]);
+  int64_t pair;
+  memcpy(&pair, scales + 2 * sum, sizeof(pair));
+  return _mm512_permutevar_ps(_mm512_castsi512_ps(_mm512_set1_epi64(pair)),
+                              _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0));
+}
+
 struct BytesDot {  // int8 activations
   using Sum = __m512i;
   static constexpr bool kInt8Activations = true;
@@ -21,8 +30,8 @@ struct BytesDot {  // int8 activations
   BytesDot(const PackedRows& p, const uint8_t* packed, int64_t row)
       : a(packed + p.bytes + row * p.columns),
         a_stride(p.columns),
-        starts(reinterpret_cast<const int32_t*>(packed + p.starts) + row * p.blocks * 16),
-        starts_stride(p.blocks * 16),
+        starts(reinterpret_cast<const int32_t*>(packed + p.starts) + row * p.row_starts),
+        starts_stride(p.row_starts),
         scales(reinterpret_cast<const float*>(packed + p.scales) + row * RoundUp(p.blocks, 16)),
         scales_stride(RoundUp(p.blocks, 16)) {}
 
@@ -35,6 +44,7 @@ struct BytesDot {  // int8 activations
     }
   }
 
+  // block: of a step or more; half steps begin in pairs.
   Sum Start(int r, int64_t block) const { return _mm512_load_si512(starts + r * starts_stride + 16 * block); }
   template <int R>
   void Step(__m512i w, __m512i, int64_t step, Sum (&sums)[R]) const {

@@ -7,6 +7,14 @@
 namespace nm {
 namespace {
 
+// A turn: the steps of one sum.
+struct Turn {
+  int64_t steps;
+  bool half_steps;  // have scales of their own
+
+  explicit Turn(int64_t block_columns) : steps(Max(block_columns / kStep, 1)), half_steps(block_columns < kStep) {}
+};
+
 // One output row times R activation rows.
 template <class Weights, class Rest, class Masks>
 struct IntegerRow {
@@ -16,34 +24,35 @@ struct IntegerRow {
 
   // scales[r · scales_stride + block].
   template <int R, class Dot>
-  void Multiply(const Dot& dot, int64_t block_steps, const float* scales, int64_t scales_stride, float* sums) const {
+  void Multiply(const Dot& dot, const Turn& turn, const float* scales, int64_t scales_stride, float* sums) const {
     __m512 totals[R];
     for (__m512& total : totals) total = _mm512_setzero_ps();
-    const int64_t plain_blocks = Min(reader.whole_steps, masks.last_step) / block_steps;
-    const int64_t blocks = (reader.steps + block_steps - 1) / block_steps;
-    const auto add = [&](const typename Dot::Sum(&block)[R], int64_t b) {
+    const int64_t plain_turns = Min(reader.whole_steps, masks.last_step) / turn.steps;
+    const int64_t turns = (reader.steps + turn.steps - 1) / turn.steps;
+    const auto add = [&](const typename Dot::Sum(&products)[R], int64_t t) {
       for (int r = 0; r < R; ++r) {
-        totals[r] = _mm512_fmadd_ps(Dot::Value(block[r]), _mm512_set1_ps(scales[r * scales_stride + b]), totals[r]);
+        const __m512 lanes = LaneScales(turn.half_steps, scales + r * scales_stride, t);
+        totals[r] = _mm512_fmadd_ps(Dot::Value(products[r]), lanes, totals[r]);
       }
     };
-    for (int64_t b = 0; b < plain_blocks; ++b) {
-      typename Dot::Sum block[R];
-      for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
-      for (int64_t step = b * block_steps; step < (b + 1) * block_steps; ++step) {
+    for (int64_t t = 0; t < plain_turns; ++t) {
+      typename Dot::Sum products[R];
+      for (int r = 0; r < R; ++r) products[r] = dot.Start(r, t);
+      for (int64_t step = t * turn.steps; step < (t + 1) * turn.steps; ++step) {
         masks.PrefetchStep(step);
         if (step % 2 == 0) Weights::Fetch(reader.Address(values, step));
         const __m512i w = reader.LoadInPlace(values, step, masks.PlainStep(step));
-        dot.template Step<R>(w, reader.offset, step, block);
+        dot.template Step<R>(w, reader.offset, step, products);
       }
-      add(block, b);
+      add(products, t);
     }
-    for (int64_t b = plain_blocks; b < blocks; ++b) {
-      typename Dot::Sum block[R];
-      for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
-      for (int64_t step = b * block_steps; step < Min((b + 1) * block_steps, reader.steps); ++step) {
-        dot.template Step<R>(reader.Load(values, step, masks.Step(step)), reader.offset, step, block);
+    for (int64_t t = plain_turns; t < turns; ++t) {
+      typename Dot::Sum products[R];
+      for (int r = 0; r < R; ++r) products[r] = dot.Start(r, t);
+      for (int64_t step = t * turn.steps; step < Min((t + 1) * turn.steps, reader.steps); ++step) {
+        dot.template Step<R>(reader.Load(values, step, masks.Step(step)), reader.offset, step, products);
       }
-      add(block, b);
+      add(products, t);
     }
     for (int r = 0; r < R; ++r) sums[r] = Sum(totals[r]);
   }
@@ -57,11 +66,11 @@ struct IntegerScratch {
   size_t total;
 
   explicit IntegerScratch(const Layout& l) {
-    const int64_t blocks = RoundUp(l.in_features, kStep) / kStep + 16;
+    const int64_t blocks = RoundUp(BlockCount(l), 16);
     Parts parts;
     masks = parts.Take(static_cast<int64_t>(MaskReader::ScratchBytes(l)));
     scales = parts.Take(blocks * 4);
-    products = parts.Take(4 * RoundUp(blocks * 4, 64));
+    products = parts.Take(4 * blocks * 4);
     copy = parts.Take(IntegerCopyBytes(l));
     total = parts.total();
   }
@@ -76,7 +85,7 @@ void IntegerOutputs(const Layout& l, int64_t rows, const uint8_t* packed, int64_
   const IntegerReader<Weights, Rest> reader(l);
   float* scales = reinterpret_cast<float*>(scratch + plan.scales);
   float* products = reinterpret_cast<float*>(scratch + plan.products);
-  const int64_t block_steps = BlockColumns(l) / kStep;
+  const Turn turn(BlockColumns(l));
   const int64_t scales_stride = RoundUp(p.blocks, 16);
   for (int64_t output = first; output < last; ++output) {
     BlockScales(l, output, scales);
@@ -89,7 +98,7 @@ void IntegerOutputs(const Layout& l, int64_t rows, const uint8_t* packed, int64_
       for (int64_t b = 0; b < p.blocks; b += 16) {
         dot.template ScaleProducts<R>(_mm512_load_ps(scales + b), b, scales_stride, products);
       }
-      row.template Multiply<R>(dot, block_steps, products, scales_stride, sums);
+      row.template Multiply<R>(dot, turn, products, scales_stride, sums);
       StoreSums(l, p, packed, output, r, R, sums, y + output - first, y_stride);
     });
   }

@@ -14,7 +14,7 @@ class DotProduct {
   DotProduct(const Layout& l, const PackedTiles& packed, const TileScratch& plan, const uint8_t* activations,
              const uint8_t* scratch)
       : packed_(packed),
-        block_steps_(BlockColumns(l) / kStep),
+        block_columns_(BlockColumns(l)),
         band_outputs_(plan.band_outputs),
         bytes_(activations + packed.bytes),
         row_scales_(reinterpret_cast<const float*>(activations + packed.scales)),
@@ -24,10 +24,10 @@ class DotProduct {
 
   template <int groups>
   void Multiply(const Chunk& chunk, float* sums, Fetcher* fetcher) const {
-    for (int64_t step = chunk.first_step; step < chunk.last_step; step += block_steps_) {
-      const int64_t last_step = Min(step + block_steps_, chunk.last_step);
+    const int64_t last = chunk.last_step * kStep;
+    for (int64_t column = chunk.first_step * kStep; column < last; column += block_columns_) {
       for (int64_t output = 0; output < kTileOutputs; output += kOutputs) {
-        MultiplyBlock<groups>(chunk, step, last_step, output, sums);
+        MultiplyBlock<groups>(chunk, column, Min(column + block_columns_, last), output, sums);
         if (fetcher != nullptr) fetcher->Fetch(4);
       }
     }
@@ -35,8 +35,8 @@ class DotProduct {
 
  private:
   template <int groups>
-  void MultiplyBlock(const Chunk& chunk, int64_t step, int64_t last_step, int64_t output, float* sums) const {
-    const int64_t block = step / block_steps_;
+  void MultiplyBlock(const Chunk& chunk, int64_t column, int64_t last_column, int64_t output, float* sums) const {
+    const int64_t block = column / block_columns_;
     const int64_t lanes = (chunk.group * packed_.blocks + block) * kLanes;
     const int64_t next_group = packed_.blocks * kLanes;
     __m512i products[groups][kOutputs];
@@ -46,11 +46,12 @@ class DotProduct {
 #pragma GCC unroll 8
       for (int o = 0; o < kOutputs; ++o) products[g][o] = start;
     }
-    const uint8_t* w = weights_ + output / kLanes * kChunkSteps * kStepBytes + (step - chunk.first_step) * kStepBytes +
-                       output % kLanes * kStep;
-    const uint8_t* a = bytes_ + (step * packed_.groups + chunk.group) * kStepBytes;
-    for (; step < last_step; ++step, w += kStepBytes, a += packed_.groups * kStepBytes) {
-      for (int64_t i = 0; i < kStep; i += 4) {
+    const uint8_t* w = weights_ + output / kLanes * kChunkSteps * kStepBytes +
+                       (column / kStep - chunk.first_step) * kStepBytes + column % kStep + output % kLanes * kStep;
+    const uint8_t* a = bytes_ + packed_.StepOffset(column, chunk.group);
+    for (; column < last_column; column += kStep, w += kStepBytes, a += packed_.groups * kStepBytes) {
+      const int64_t columns_here = Min(kStep, last_column - column);
+      for (int64_t i = 0; i < columns_here; i += 4) {
         __m512i columns[groups];
 #pragma GCC unroll 2
         for (int g = 0; g < groups; ++g) columns[g] = _mm512_load_si512(a + g * kStepBytes + i * kLanes);
@@ -80,7 +81,7 @@ class DotProduct {
   }
 
   const PackedTiles& packed_;
-  const int64_t block_steps_;
+  const int64_t block_columns_;
   const int64_t band_outputs_;
   const uint8_t* const bytes_;
   const float* const row_scales_;

@@ -25,9 +25,8 @@ struct PackedTiles {
   size_t total;
 
   PackedTiles(const Layout& l, int64_t rows) {
-    const int64_t block = BlockColumns(l);
     steps = Steps(l);
-    blocks = (l.in_features + block - 1) / block;
+    blocks = BlockCount(l);
     groups = LaneGroups(rows);
     Parts parts;
     bytes = parts.Take(groups * steps * kStepBytes);
@@ -37,6 +36,10 @@ struct PackedTiles {
     total = parts.total();
   }
   int64_t ActivationBytes() const { return groups * steps * kStepBytes; }
+  // Of `bytes`, in a group: a multiple of four columns.
+  int64_t StepOffset(int64_t column, int64_t group) const {
+    return (column / kStep * groups + group) * kStepBytes + column % kStep * kLanes;
+  }
 };
 
 inline size_t PackedTilesBytes(const Layout& l, int64_t rows) { return PackedTiles(l, rows).total; }
@@ -48,20 +51,23 @@ inline void PackGroup(const Layout& l, const float* a, int64_t first, int64_t co
   const int64_t group = first / kLanes;
   const int64_t block = BlockColumns(l);
   for (int64_t b = 0; b < p.blocks; ++b) {
-    const int64_t columns = Min(block, l.in_features - b * block);
-    uint8_t* steps = base + p.bytes + (b * block / kStep * p.groups + group) * kStepBytes;
+    const int64_t first_column = b * block;
+    const int64_t columns = Min(block, p.steps * kStep - first_column);
+    const int64_t inside = Max(0, Min(columns, l.in_features - first_column));
+    uint8_t* steps = base + p.bytes + p.StepOffset(first_column, group);
     float* scales = reinterpret_cast<float*>(base + p.scales) + (group * p.blocks + b) * kLanes;
     int32_t* starts = reinterpret_cast<int32_t*>(base + p.starts) + (group * p.blocks + b) * kLanes;
     for (int64_t row = 0; row < kLanes; ++row) {
       alignas(64) uint8_t bytes[256] = {};
       alignas(64) int32_t lanes[16] = {};
       const int offset = l.dtype == NM_INT4 ? 8 : 128;
-      scales[row] =
-          row < count ? PackInt8Block(a + row * l.in_features + b * block, columns, offset, bytes, lanes) : 0.0f;
+      const float* from = a + row * l.in_features + first_column;
+      scales[row] = row < count ? PackInt8Block(from, inside, columns, offset, bytes, lanes) : 0.0f;
       starts[row] = 0;
       for (int32_t lane : lanes) starts[row] += lane;
       for (int64_t i = 0; i * kStep < columns; ++i) {
-        StoreToLane(_mm512_load_si512(bytes + i * kStep), row, steps + i * p.groups * kStepBytes);
+        const __m512i parts = _mm512_load_si512(bytes + i * kStep);
+        StoreToLane(parts, row, steps + i * p.groups * kStepBytes, Min(columns / 4, kLanes));
       }
     }
   }

@@ -121,12 +121,12 @@ inline int64_t IntegerCopyBytes(const Layout& l) {
 }
 
 // Scales of an output row, of sixteen blocks from `block` on, where each block has its own or all have one.
-inline __m512 ScalesFrom(const Layout& l, const uint8_t* halves, int64_t block, int64_t blocks) {
+inline __m512 ScalesFrom(const Layout& l, const uint8_t* halves, int64_t block) {
   if (l.row_scales == 1) return _mm512_set1_ps(_mm512_cvtss_f32(HalvesToFloats(halves, 1)));
-  return HalvesToFloats(halves + 2 * block, blocks - block);
+  return HalvesToFloats(halves + 2 * block, l.row_scales - block);
 }
 
-// Scale of each block of an output row, in float32.
+// Scale of each block of an output row, in float32; zeros follow, up to sixteen.
 inline void BlockScales(const Layout& l, int64_t output, float* scales) {
   const uint8_t* halves = l.scales + output * l.row_scales * 2;
   const int64_t block = BlockColumns(l);
@@ -135,7 +135,7 @@ inline void BlockScales(const Layout& l, int64_t output, float* scales) {
   for (int64_t b = 0; b < blocks; b += 16) {
     __m512 values;
     if (l.row_scales == 1 || l.scale_columns == block) {
-      values = ScalesFrom(l, halves, b, blocks);
+      values = ScalesFrom(l, halves, b);
     } else {
       alignas(64) uint16_t repeated[32] = {};
       for (int64_t i = 0; i < Min(16, blocks - b); ++i) {

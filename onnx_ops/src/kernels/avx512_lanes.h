@@ -49,11 +49,11 @@ inline void Transpose(__m512 (&v)[16]) {
   }
 }
 
-// to[i][lane] from the sixteen 32-bit parts of a row.
-inline void StoreToLane(__m512i parts, int64_t lane, uint8_t* to) {
+// to[i][lane] from the first `count` 32-bit parts of a row.
+inline void StoreToLane(__m512i parts, int64_t lane, uint8_t* to, int64_t count = kLanes) {
   const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                             _mm512_set1_epi32(static_cast<int>(kLanes)));
-  _mm512_i32scatter_epi32(to + 4 * lane, places, parts, 4);
+  _mm512_mask_i32scatter_epi32(to + 4 * lane, FirstLanes(count), places, parts, 4);
 }
 
 // lanes[column][row], with `stride` floats from column to column, of a[count, in_features]; zeros in the rows and

@@ -118,7 +118,7 @@ constexpr int64_t kMostFloatRows = 16;
 template <int dtype>
 bool Supports(const Layout& l) {
   if (l.dtype != dtype || l.in_features > INT32_MAX - 1024) return false;
-  return !IsInteger(dtype) || l.scale_columns % kStep == 0 || l.row_scales == 1;
+  return !IsInteger(dtype) || l.scale_columns % kHalfStep == 0 || l.row_scales == 1;
 }
 
 }  // namespace

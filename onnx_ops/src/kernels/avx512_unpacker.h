@@ -43,10 +43,7 @@ struct TileScratch {
     total = parts.total();
   }
 
-  static int64_t Blocks(const Layout& l) {
-    const int64_t block = BlockColumns(l);
-    return l.row_scales > 0 ? (l.in_features + block - 1) / block : 0;
-  }
+  static int64_t Blocks(const Layout& l) { return l.row_scales > 0 ? BlockCount(l) : 0; }
 };
 
 // StepStore opens a row of values and stores a step of it, kBytes apart from the step before.

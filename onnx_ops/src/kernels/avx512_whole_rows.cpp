@@ -1,7 +1,7 @@
 // AVX-512 kernels of integer weights for few activation rows, where nothing of an output row is out of the ordinary:
-// half of every group is kept, the columns fill whole steps, a scale covers 64 or 128 of them or all. Narrow layers, of
-// 9 steps in SmolLM2, take as long for what surrounds the steps as for these; so there is little of it, and sixteen
-// outputs are added up together.
+// half of every group is kept, the columns fill whole steps, a scale covers 32, 64 or 128 of them or all. Narrow
+// layers, of 9 steps in SmolLM2, take as long for what surrounds the steps as for these; so there is little of it, and
+// sixteen outputs are added up together.
 #include "avx512_integer_dots.h"
 #include "avx512_integer_weights.h"
 #include "kernels.h"
@@ -58,9 +58,11 @@ inline __m512 SumsOfLanes(const __m512 (&v)[kTogether]) {
                        _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 }
 
-// kBlockSteps: steps under one scale, 1 or 2.
-template <class Weights, class Masks, class Dot, int kBlockSteps>
+// kBlockColumns: under one scale, 32, 64 or 128.
+template <class Weights, class Masks, class Dot, int64_t kBlockColumns>
 struct WholeRows {
+  static constexpr bool kHalfSteps = kBlockColumns < kStep;
+  static constexpr int64_t kSumSteps = Max(kBlockColumns / kStep, 1);
   const Layout& layout;
   const PackedRows plan;
   const uint8_t* packed;
@@ -126,7 +128,7 @@ struct WholeRows {
   template <int R>
   void Scales(const Dot& dot, const uint8_t* halves) const {
     for (int64_t b = 0; b < plan.blocks; b += 16) {
-      dot.template ScaleProducts<R>(ScalesFrom(layout, halves, b, plan.blocks), b, scales_stride, products);
+      dot.template ScaleProducts<R>(ScalesFrom(layout, halves, b), b, scales_stride, products);
     }
   }
 
@@ -138,27 +140,28 @@ struct WholeRows {
     Weights::Fetch(pair_values);
     typename Dot::Sum block[R];
     for (int i = 0; i < 2; ++i) {
-      const int64_t b = (step + i) / kBlockSteps;
-      if (i % kBlockSteps == 0) {
+      const int64_t b = (step + i) / kSumSteps;
+      if (i % kSumSteps == 0) {
         for (int r = 0; r < R; ++r) block[r] = dot.Start(r, b);
       }
       dot.template Step<R>(Weights::Load(pair_values, i, pair[i], kStep / 2, offset), offset, step + i, block);
-      if ((i + 1) % kBlockSteps == 0) AddScaled<R>(block, b, sums);
+      if ((i + 1) % kSumSteps == 0) AddScaled<R>(block, b, sums);
     }
   }
 
   template <int R>
   void AddLone(const Dot& dot, const uint8_t* values, uint64_t mask, int64_t step, __m512 (&sums)[R]) const {
     typename Dot::Sum block[R];
-    for (int r = 0; r < R; ++r) block[r] = dot.Start(r, step / kBlockSteps);
+    for (int r = 0; r < R; ++r) block[r] = dot.Start(r, step / kSumSteps);
     dot.template Step<R>(Weights::LoadLone(values, step, mask, offset), offset, step, block);
-    AddScaled<R>(block, step / kBlockSteps, sums);
+    AddScaled<R>(block, step / kSumSteps, sums);
   }
 
   template <int R>
   void AddScaled(const typename Dot::Sum (&block)[R], int64_t b, __m512 (&sums)[R]) const {
     for (int r = 0; r < R; ++r) {
-      sums[r] = _mm512_fmadd_ps(Dot::Value(block[r]), _mm512_set1_ps(products[r * scales_stride + b]), sums[r]);
+      const __m512 lanes = LaneScales(kHalfSteps, products + r * scales_stride, b);
+      sums[r] = _mm512_fmadd_ps(Dot::Value(block[r]), lanes, sums[r]);
     }
   }
 
@@ -182,10 +185,10 @@ struct WholeRows {
   }
 };
 
-template <class Weights, class Masks, class Dot, int kBlockSteps>
+template <class Weights, class Masks, class Dot, int64_t kBlockColumns>
 void MultiplyWholeRows(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch,
                        float* y, int64_t y_stride) {
-  const WholeRows<Weights, Masks, Dot, kBlockSteps> whole(l, rows, static_cast<const uint8_t*>(packed), scratch);
+  const WholeRows<Weights, Masks, Dot, kBlockColumns> whole(l, rows, static_cast<const uint8_t*>(packed), scratch);
   for (int64_t output = first; output < last; output += kTogether) {
     ForRows(rows, [&](auto count, int64_t r) {
       whole.template Outputs<decltype(count)::value>(r, output, Min(kTogether, last - output),
@@ -197,8 +200,10 @@ void MultiplyWholeRows(const Layout& l, int64_t rows, const void* packed, int64_
 template <class Weights, class Masks, class Dot>
 void RunWholeRows(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch,
                   float* y, int64_t y_stride) {
-  const auto run =
-      BlockColumns(l) == kStep ? MultiplyWholeRows<Weights, Masks, Dot, 1> : MultiplyWholeRows<Weights, Masks, Dot, 2>;
+  const int64_t block = BlockColumns(l);
+  const auto run = block == 32   ? MultiplyWholeRows<Weights, Masks, Dot, 32>
+                   : block == 64 ? MultiplyWholeRows<Weights, Masks, Dot, 64>
+                                 : MultiplyWholeRows<Weights, Masks, Dot, 128>;
   run(l, rows, packed, first, last, scratch, y, y_stride);
 }
 
@@ -215,12 +220,12 @@ template <int dtype, class Masks>
 bool SupportsWholeRows(const Layout& l) {
   const bool half = DensityOf(l) == Density::kHalf && Masks::Reads(l);
   const bool whole = l.in_features % kStep == 0 && l.groups * l.m == l.in_features && l.in_features >= 2 * kStep;
-  const bool scaled = l.row_scales == 1 || l.scale_columns == kStep || l.scale_columns == 2 * kStep;
+  const bool scaled = l.row_scales == 1 || (l.scale_columns == BlockColumns(l) && l.scale_columns <= 2 * kStep);
   return Supports<dtype>(l) && half && whole && scaled;
 }
 
 size_t ProductsBytes(const Layout& l, int64_t) {
-  return static_cast<size_t>(4 * RoundUp(l.in_features / kStep, 16)) * sizeof(float);
+  return static_cast<size_t>(4 * RoundUp(BlockCount(l), 16)) * sizeof(float);
 }
 
 template <int dtype, class Masks, class Dot>

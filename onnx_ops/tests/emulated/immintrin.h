@@ -89,8 +89,12 @@ inline void _mm512_mask_storeu_ps(void* p, __mmask16 k, const __m512& v) {
     if ((k >> i & 1) != 0) memcpy(static_cast<uint8_t*>(p) + 4 * i, v.bytes + 4 * i, 4);
   }
 }
-inline void _mm512_i32scatter_epi32(void* base, const __m512i& index, const __m512i& v, int scale) {
+inline void _mm512_mask_storeu_epi32(void* p, __mmask16 k, const __m512i& v) {
+  _mm512_mask_storeu_ps(p, k, nm_emulated::Cast<__m512>(v));
+}
+inline void _mm512_mask_i32scatter_epi32(void* base, __mmask16 k, const __m512i& index, const __m512i& v, int scale) {
   for (int i = 0; i < 16; ++i) {
+    if ((k >> i & 1) == 0) continue;
     memcpy(static_cast<uint8_t*>(base) + int64_t{nm_emulated::Get<int32_t>(index, i)} * scale, v.bytes + 4 * i, 4);
   }
 }
@@ -106,6 +110,9 @@ inline __m512i _mm512_set1_epi8(char x) {
 }
 inline __m512i _mm512_set1_epi32(int x) {
   return nm_emulated::Fill<__m512i, int>([x](int) { return x; });
+}
+inline __m512i _mm512_set1_epi64(long long x) {
+  return nm_emulated::Fill<__m512i, long long>([x](int) { return x; });
 }
 inline __m128 _mm_set1_ps(float x) {
   return nm_emulated::Fill<__m128, float>([x](int) { return x; });
@@ -184,6 +191,10 @@ inline __m512 _mm512_unpackhi_ps(const __m512& a, const __m512& b) {
 inline __m512 _mm512_shuffle_ps(const __m512& a, const __m512& b, int control) {
   return nm_emulated::Fill<__m512, float>(
       [&](int i) { return nm_emulated::Get<float>(i % 4 < 2 ? a : b, i / 4 * 4 + (control >> (2 * (i % 4)) & 3)); });
+}
+inline __m512 _mm512_permutevar_ps(const __m512& a, const __m512i& control) {
+  return nm_emulated::Fill<__m512, float>(
+      [&](int i) { return nm_emulated::Get<float>(a, i / 4 * 4 + (nm_emulated::Get<int>(control, i) & 3)); });
 }
 // Whole quarters: two of a, then two of b.
 inline __m512 _mm512_shuffle_f32x4(const __m512& a, const __m512& b, int control) {
