@@ -186,7 +186,7 @@ void TestWholeRows(std::mt19937& random) {
   for (int64_t in_features = 128; in_features <= 1344; in_features += 64) {
     for (int dtype : {NM_FLOAT16, NM_BFLOAT16, NM_INT8, NM_INT4}) {
       for (int positions : {NM_CODES, NM_BITMAP}) {
-        for (int64_t group_size : {-1, 64, 128}) {
+        for (int64_t group_size : {-1, 32, 64, 128}) {
           const int m = positions == NM_CODES || random() % 2 == 0 ? 16 : random() % 2 == 0 ? 8 : 4;
           const int outliers = static_cast<int>(random() % 3) * 8;
           const int64_t out_features = 1 + static_cast<int64_t>(random() % 40);
