@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ PATIENCE = 2  # epochs without gain on what is held out
 
 
 class TrainedWeight:
-    """A float32 master, and the weight that would be stored of it.
+    """A float32 master, zero where nothing is kept, and the weight that would be stored of it.
 
     Args:
         solution: where to begin; masks and scales stay.
@@ -31,8 +32,11 @@ class TrainedWeight:
 
     def __init__(self, solution: Solution, layer: LayerConfig) -> None:
         self.solution, self.layer = _with_scales(solution, layer), layer
-        self.master = self.solution.weight.detach().clone().requires_grad_()
-        self._kept, self._base = solution.kept, solution.mask.to(solution.weight.device)
+        kept = solution.kept
+        self.master = (self.solution.weight.detach() * kept).requires_grad_()
+        # What is zero stays zero without a gradient, and no step has to mask the weight first.
+        self.master.register_post_accumulate_grad_hook(partial(_mask_gradient, kept))
+        self._base = solution.mask.to(solution.weight.device)
         self._scales = None
         if self.solution.scales is not None:
             scales = self.solution.scales.to(solution.weight.device, torch.float32)
@@ -41,13 +45,12 @@ class TrainedWeight:
     def stored(self) -> Tensor:
         """`[out_features, in_features]`; what integers do not follow of the master passes its gradient on all the same
         (straight-through estimator)."""
-        weight = self.master * self._kept
         if self._scales is None:
-            return weight
+            return self.master
         with torch.no_grad():
-            rounded = round_to_levels(weight, self._scales, self.layer.weight_dtype) * self._scales
-            rounding = torch.where(self._base, rounded - weight, 0.0)
-        return weight + rounding
+            rounded = round_to_levels(self.master, self._scales, self.layer.weight_dtype) * self._scales
+            rounding = torch.where(self._base, rounded - self.master, 0.0)
+        return self.master + rounding
 
     def tuned(self) -> Solution:
         return replace(self.solution, weight=self.stored().detach())
@@ -90,6 +93,7 @@ def train(
         ],
         lr=settings.learning_rate,
         betas=BETAS,
+        fused=all(tensor.device.type in ("cpu", "cuda") for tensor in trained),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _decay(settings, len(batches)))
 
@@ -124,6 +128,11 @@ def train(
 
 def mean(losses: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(losses)).mean()
+
+
+def _mask_gradient(kept: Tensor, master: Tensor) -> None:
+    assert master.grad is not None
+    master.grad.mul_(kept)
 
 
 def _with_scales(solution: Solution, layer: LayerConfig) -> Solution:
