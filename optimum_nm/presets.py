@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "solver": "admm",
-        "calibration_samples": 128,
+        "calibration_samples": 256,
         "distill": {"epochs": 1, "learning_rate": 4e-4, "holdout": 0.0},
     },
 }

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +44,25 @@ class TrainedWeight:
             self._scales = expand_scales(scales, solution.weight.shape[1], layer.group_size)
 
     def stored(self) -> Tensor:
-        """`[out_features, in_features]`; what integers do not follow of the master passes its gradient on all the same
-        (straight-through estimator)."""
+        """`[out_features, in_features]`."""
         if self._scales is None:
             return self.master
-        with torch.no_grad():
-            rounded = round_to_levels(self.master, self._scales, self.layer.weight_dtype) * self._scales
-            rounding = torch.where(self._base, rounded - self.master, 0.0)
-        return self.master + rounding
+        return _StraightThrough.apply(self.master, self._scales, self._base, self.layer.weight_dtype)
 
     def tuned(self) -> Solution:
         return replace(self.solution, weight=self.stored().detach())
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounds what is stored as integers, as if it did not for the gradient (Bengio et al., 1308.3432)."""
+
+    @staticmethod
+    def forward(context: Any, master: Tensor, scales: Tensor, base: Tensor, dtype: str) -> Tensor:
+        return torch.where(base, round_to_levels(master, scales, dtype).mul_(scales), master)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
 
 
 @torch.no_grad()
