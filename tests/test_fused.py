@@ -152,7 +152,7 @@ def test_weights_are_the_checkpoints_own_bytes(tmp_path):
 
 def test_projections_stored_side_by_side_are_one_node(tmp_path):
     packed_checkpoint(tmp_path, "qwen2", "int4")
-    tokens = random_tokens(4)  # five rows would go to AMX, which rounds activations to 16 bits before the output layer
+    tokens = random_tokens(4)  # with five, AMX multiplies the output layer, of activations in 16 bits
     counts, logits = [], []
     for _ in range(2):
         kinds = [node.op_type for node in export(tmp_path).graph.node]
