@@ -2,20 +2,13 @@
 #ifndef NM_KERNELS_AVX2_INTEGER_LOOPS_H_
 #define NM_KERNELS_AVX2_INTEGER_LOOPS_H_
 
-#include "avx2_rows.h"
+#include "avx2_integer_products.h"
 
 namespace nm {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Products of 32 values and 32 activations, as sums of pairs (16 bits) or fours (32 bits).
-
-NM_PIECE __m256i SumPairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
-
-// vpmaddubsw wants one unsigned factor. |w| · (sign of w · a) cannot saturate: 128 · 127 · 2 is below 2^15.
-NM_PIECE __m256i SignedProducts(__m256i w, __m256i a) {
-  return SumPairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
-}
 
 // (u - 8) · a for u below 16, sums of pairs: taking 8 · a off costs less than the signs of u - 8.
 NM_PIECE __m256i NibbleProducts(__m256i u, __m256i a) {

@@ -27,31 +27,6 @@ PackedRows PlanRows(const Layout& l, int64_t rows) {
   return p;
 }
 
-// Rounds a unit to int8 with its own scale. Activations that are not finite make the scale NaN, and so the outputs.
-float PackUnit(const float* a, int64_t columns, uint8_t* bytes) {
-  __m256i magnitudes = _mm256_setzero_si256();  // of floats as integers, which order alike
-  for (int64_t i = 0; i < columns; i += 8) {
-    magnitudes = _mm256_max_epu32(magnitudes, _mm256_and_si256(Load256(a + i), _mm256_set1_epi32(0x7fffffff)));
-  }
-  __m128i most_bits = _mm_max_epu32(_mm256_castsi256_si128(magnitudes), _mm256_extracti128_si256(magnitudes, 1));
-  most_bits = _mm_max_epu32(most_bits, _mm_unpackhi_epi64(most_bits, most_bits));
-  most_bits = _mm_max_epu32(most_bits, _mm_srli_epi64(most_bits, 32));
-  const float most = _mm_cvtss_f32(_mm_castsi128_ps(most_bits));
-  const bool finite = static_cast<uint32_t>(_mm_cvtsi128_si32(most_bits)) < 0x7f800000u;
-  if (!finite || most <= 0x1p-120f) {
-    memset(bytes, 0, static_cast<size_t>(columns));
-    return finite ? 0.0f : __builtin_nanf("");
-  }
-  const __m128 inverse = _mm_set1_ps(127.0f / most);
-  const auto round = [inverse](const float* four) { return _mm_cvtps_epi32(_mm_mul_ps(_mm_load_ps(four), inverse)); };
-  for (int64_t i = 0; i < columns; i += kBlock) {
-    const __m128i low = _mm_packs_epi32(round(a + i), round(a + i + 4));
-    const __m128i high = _mm_packs_epi32(round(a + i + 8), round(a + i + 12));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), _mm_packs_epi16(low, high));
-  }
-  return most / 127.0f;
-}
-
 // Where half of the columns are kept, blocks 1 and 2 of a step change places: one look-up takes blocks 0 and 2 in its
 // two lanes, the next blocks 1 and 3.
 void SwapMiddleBlocks(uint8_t* step) {

@@ -42,6 +42,7 @@ struct Registry {
     Append(Avx512FloatPanels());
 #endif
 #if defined(NM_HAVE_X86_KERNELS)
+    Append(Avx2WholeRows());
     Append(Avx2IntegerRows());
     Append(Avx2IntegerPanels());
     Append(Avx2FloatRows());

@@ -66,6 +66,7 @@ KernelList Avx2FloatPanels();
 KernelList Avx2FloatRows();
 KernelList Avx2IntegerPanels();
 KernelList Avx2IntegerRows();
+KernelList Avx2WholeRows();
 KernelList Avx512FloatPanels();
 KernelList Avx512FloatRows();
 KernelList Avx512IntegerRows();
