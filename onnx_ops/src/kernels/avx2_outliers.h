@@ -35,6 +35,11 @@ inline void PackOutlierActivations(const Layout& l, const float* a, int64_t firs
   if (l.row_outliers == 0) return;
   const int64_t lanes = OutlierLanes(rows);
   packed += first * OutlierColumns(l);
+  if (lanes == 1) {
+    memcpy(packed, a, static_cast<size_t>(l.in_features) * sizeof(float));
+    memset(packed + l.in_features, 0, kLargestOutlierBlock * sizeof(float));
+    return;
+  }
   memset(packed, 0, static_cast<size_t>(OutlierColumns(l) * lanes) * sizeof(float));
   for (int64_t begin = 0; begin < l.in_features; begin += kStep) {
     const int64_t end = Min(begin + kStep, l.in_features);

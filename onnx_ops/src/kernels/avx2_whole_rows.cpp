@@ -164,6 +164,21 @@ NM_PIECE void AddPair(const Call& call, const uint8_t* a, int64_t pair, __m256i 
   }
 }
 
+// The outliers of a block that ends a row: four of every 64 columns, or two.
+NM_PIECE void AddLastOutliers(const uint8_t* values, const uint8_t* positions, int64_t count, const float* columns,
+                              __m256& total) {
+  for (; count >= 4; count -= 4, values += 8, positions += 4) {
+    const __m128 kept =
+        _mm_setr_ps(columns[positions[0]], columns[positions[1]], columns[positions[2]], columns[positions[3]]);
+    const __m128 four = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
+    total = _mm256_add_ps(total, _mm256_zextps128_ps256(_mm_mul_ps(four, kept)));
+  }
+  for (; count > 0; --count, values += 2, ++positions) {
+    const __m128 product = _mm_set_ss(Load1(Float16(), values) * columns[*positions]);
+    total = _mm256_add_ps(total, _mm256_zextps128_ps256(product));
+  }
+}
+
 // Outputs from `first` on times R activation rows, as sums of lanes; for one row with `outliers` of every 256 columns.
 template <class Values, int unit, int R, int outliers>
 NM_LOOP void MultiplyRows(const Call& call, int64_t row, int64_t first, int64_t count, __m256* sums) {
@@ -209,10 +224,7 @@ NM_LOOP void MultiplyRows(const Call& call, int64_t row, int64_t first, int64_t 
     if (call.lone) {
       AddPair<Values, unit, true>(call, a, call.pairs, LoneHalves(bitmap), Values::LoadLone(values), totals);
     }
-    if (left > 0) {
-      const float sum = AnyBlock<Float16>(outlier_values, outlier_positions, left, natural + kPair * pair);
-      outlier_total = _mm256_add_ps(outlier_total, _mm256_setr_ps(sum, 0, 0, 0, 0, 0, 0, 0));
-    }
+    if (outliers > 0) AddLastOutliers(outlier_values, outlier_positions, left, natural + kPair * pair, outlier_total);
     if (outliers > 0) totals[0] = _mm256_add_ps(totals[0], outlier_total);
     for (int r = 0; r < R; ++r) sums[r * kTogether + i] = totals[r];
   }
