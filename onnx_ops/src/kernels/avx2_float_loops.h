@@ -61,6 +61,20 @@ NM_LOOP void HalfPairs(const uint8_t* positions, const uint32_t* table, const ui
   memcpy(totals, sums, sizeof(sums));
 }
 
+// The step that ends a row. In one function with the pairs, the compiler would spill more in their loop.
+template <class Pairs, int R>
+NM_LOOP void LastHalfStep(const uint8_t* positions, const uint32_t* table, const uint8_t* values, const uint8_t* planes,
+                          int64_t planes_stride, __m256 (&totals)[R][4]) {
+  const __m256i index = Pairs::LoadStep(positions, table);
+  for (int64_t i = 0; i < kStep / 2 * Float32::kBytes; i += 64) Prefetch(values + i);
+  __m256 w[4], a[4];
+  LaneValues(values, w);
+  for (int r = 0; r < R; ++r) {
+    LaneActivations(planes + r * planes_stride, index, a);
+    for (int i = 0; i < 4; ++i) totals[r][i] = _mm256_fmadd_ps(w[i], a[i], totals[r][i]);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Half of the columns are kept, 16-bit values: expanded block by block.
 

@@ -161,8 +161,10 @@ void PlanesOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
   const uint8_t* values = l.values + output * l.value_bytes;
   const int64_t whole = l.in_features / kPair;
   const int64_t whole_bytes = whole * kPair / 2 * Float32::kBytes;
+  const bool odd_step = EndsInOddStep(l);
+  const bool copies = !odd_step && whole * kPair < l.in_features;
   uint8_t tail_positions[16], tail_values[kPair / 2 * Float32::kBytes];
-  if (whole * kPair < l.in_features) {
+  if (copies) {
     CopyTailPositions(l, output, whole * Pairs::kBytes, whole * kPair, tail_positions, sizeof(tail_positions));
     memset(tail_values, 0, sizeof(tail_values));
     memcpy(tail_values, values + whole_bytes, static_cast<size_t>(l.value_bytes - whole_bytes));
@@ -175,9 +177,12 @@ void PlanesOutput(const Call& c, int64_t output, float* y, int64_t y_stride) {
     for (auto& lanes : sums) {
       for (__m256& lane : lanes) lane = _mm256_setzero_ps();
     }
+    const uint8_t* last_planes = planes + whole * kPair * 4;
     if (whole > 0) HalfPairs<Pairs>(positions, c.column_table, values, whole, planes, stride, sums);
-    if (whole * kPair < l.in_features) {
-      HalfPairs<Pairs>(tail_positions, c.column_table, tail_values, 1, planes + whole * kPair * 4, stride, sums);
+    if (copies) HalfPairs<Pairs>(tail_positions, c.column_table, tail_values, 1, last_planes, stride, sums);
+    if (odd_step) {
+      LastHalfStep<Pairs>(positions + whole * Pairs::kBytes, c.column_table, values + whole_bytes, last_planes, stride,
+                          sums);
     }
     Store(c, row, sums, y, y_stride);
   });
