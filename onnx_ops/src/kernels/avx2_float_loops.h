@@ -169,7 +169,10 @@ NM_LOOP void WordPairs(const uint8_t* positions, const uint16_t* table, const ui
     WordStep<Type, Masks>(Masks::First(positions), table, values, a, a_stride, sums);
     WordStep<Type, Masks>(Masks::Second(positions), table, values + kStep, a + kStep, a_stride, sums);
   }
-  if (odd_step) WordStep<Type, Masks>(Masks::Last(positions), table, values, a, a_stride, sums);
+  if (odd_step) {
+    Prefetch(values);
+    WordStep<Type, Masks>(Masks::Last(positions), table, values, a, a_stride, sums);
+  }
   memcpy(totals, sums, sizeof(sums));
 }
 
