@@ -92,7 +92,7 @@ struct Int4 {
 
 struct Int8 {
   static constexpr int kBytes = 64;
-  static constexpr int64_t kMostRows = 1;
+  static constexpr int64_t kMostRows = 1;  // for each row takes the signs of all columns' weights, pruned ones too
   struct Stored {
     __m256i low_blocks;
     __m256i high_blocks;
