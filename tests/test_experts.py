@@ -102,7 +102,8 @@ def test_every_way_to_sparsify_reads_from_files_what_it_does_in_memory(case, tok
     assert summary.to_dict() == expected.to_dict()
     assert verify_checkpoint(tmp_path / "memory").problems == []
     loaded = NMModelForCausalLM.from_pretrained(tmp_path / "memory").eval()
-    assert (torch_logits(loaded, TOKENS) == torch_logits(memory.model, TOKENS)).all()
+    # The bytes are the same; torch's product by a router rounds as its weight is aligned, and a file maps it anywhere.
+    assert abs(torch_logits(loaded, TOKENS) - torch_logits(memory.model, TOKENS)).max() < 1e-6
     if case in ("tuned", "distilled"):
         losses = [*summary.block_losses.values()] if case == "tuned" else [summary.distillation]
         assert all(0 < loss.after <= loss.before for loss in losses)
