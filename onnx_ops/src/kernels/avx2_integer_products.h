@@ -32,6 +32,16 @@ inline float PackUnit(const float* a, int64_t columns, uint8_t* bytes) {
   return most / 127.0f;
 }
 
+inline int64_t PaddedUnits(const Layout& l) { return RoundUp(PaddedColumns(l) / UnitColumns(l), 8); }
+
+// Rounds a pair of steps of a row from `column` on, zeros behind its end; `scales` are the whole row's.
+inline void RoundPair(const Layout& l, const float* a, int64_t column, uint8_t* bytes, float* scales) {
+  alignas(32) float padded[kPair] = {};
+  memcpy(padded, a + column, static_cast<size_t>(Min(kPair, l.in_features - column)) * sizeof(float));
+  const int64_t unit = UnitColumns(l);
+  for (int64_t i = 0; i < kPair; i += unit) scales[(column + i) / unit] = PackUnit(padded + i, unit, bytes + i);
+}
+
 // Products of 32 values and 32 activations, as sums of pairs (16 bits) or fours (32 bits).
 NM_PIECE __m256i SumPairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 

@@ -21,7 +21,6 @@ struct PackedRows {
 };
 
 int64_t Pairs(const Layout& l) { return PaddedColumns(l) / kPair; }
-int64_t PaddedUnits(const Layout& l) { return RoundUp(PaddedColumns(l) / UnitColumns(l), 8); }
 
 PackedRows PlanRows(const Layout& l, int64_t rows) {
   PackedRows p = {};
@@ -55,17 +54,14 @@ void PackPair(const uint8_t* bytes, bool lone, uint8_t* packed) {
 void PackRows(const Layout& l, const float* a, int64_t first, int64_t count, int64_t rows, void* packed) {
   const PackedRows p = PlanRows(l, rows);
   uint8_t* base = static_cast<uint8_t*>(packed);
-  const int64_t unit = UnitColumns(l);
   PackOutlierActivations(l, a, first, count, rows, reinterpret_cast<float*>(base + p.outliers));
   for (int64_t row = first; row < first + count; ++row, a += l.in_features) {
     uint8_t* pair = base + p.pairs + row * Pairs(l) * kPairBytes;
     float* scales = reinterpret_cast<float*>(base + p.scales) + row * PaddedUnits(l);
     memset(scales, 0, static_cast<size_t>(PaddedUnits(l)) * sizeof(float));
     for (int64_t column = 0; column < l.in_features; column += kPair, pair += kPairBytes) {
-      alignas(32) float padded[kPair] = {};
       alignas(32) uint8_t bytes[kPair];
-      memcpy(padded, a + column, static_cast<size_t>(Min(kPair, l.in_features - column)) * sizeof(float));
-      for (int64_t i = 0; i < kPair; i += unit) scales[(column + i) / unit] = PackUnit(padded + i, unit, bytes + i);
+      RoundPair(l, a, column, bytes, scales);
       PackPair(bytes, l.in_features - column == kStep, pair);
     }
   }
