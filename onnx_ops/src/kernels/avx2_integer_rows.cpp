@@ -57,7 +57,7 @@ size_t PackedBytes(const Layout& l, int64_t rows) { return PlanRows(l, rows).tot
 struct Scratch {
   size_t scales;    // float16 a unit of an output row, where the weight does not have them so
   size_t products;  // float32, the same times the scales of four activation rows
-  size_t indices;   // of vpshufb, for more than four activation rows
+  size_t indices;   // of vpshufb, for more than two activation rows
   size_t bytes;     // an output row expanded to signed bytes
   size_t values;    // its stored values as signed bytes
   size_t total;
@@ -69,7 +69,7 @@ Scratch PlanScratch(const Layout& l, int64_t rows) {
   Parts parts;
   s.scales = parts.Take(PaddedUnits(l) * 2);
   s.products = parts.Take(4 * PaddedUnits(l) * 4);
-  s.indices = parts.Take(IsHalf(l) && rows > 4 ? PaddedColumns(l) / 2 : 0);
+  s.indices = parts.Take(IsHalf(l) && rows > 2 ? PaddedColumns(l) / 2 : 0);
   s.bytes = parts.Take(expands ? PaddedColumns(l) : 0);
   s.values = parts.Take(expands ? SignedValuesBytes(l) : 0);
   s.total = parts.total();
@@ -130,7 +130,7 @@ class Outputs {
   const int64_t in_place_;  // … and the columns of both;
   const bool copies_;       // what follows those is copied, so that it can be read like a pair
   const bool takes_two_;    // output rows at a time
-  alignas(64) uint8_t tail_positions_[16];
+  alignas(64) uint8_t tail_indices_[StoredPairs::kBytes];
   alignas(64) uint8_t tail_values_[kPair + 64];
 
   // Without the outliers.
@@ -141,17 +141,18 @@ class Outputs {
     const uint8_t* values = l_.values + output * l_.value_bytes;
     if (expands_) ExpandSigned(l_, reader_, output, scratch_ + parts_.values, scratch_ + parts_.bytes);
     if (copies_) CopyTail(output);
-    const bool stored = IsHalf(l_) && rows_ > 4;
-    if (stored) StorePairs<Pairs>(positions, pairs_, odd_step_, table_, scratch_ + parts_.indices);
+    const bool stored = IsHalf(l_) && rows_ > Pairs::kDirectRows;
+    uint8_t* indices = scratch_ + parts_.indices;
+    if (stored) StorePairs<Pairs>(positions, pairs_, odd_step_, table_, indices);
     ForRows(rows_, [&](auto count, int64_t row) {
       constexpr int R = decltype(count)::value;
       float* products = reinterpret_cast<float*>(scratch_ + parts_.products);
       ScaleProducts<R>(scales, row, products);
       Rows<R> rows = {packed_ + plan_.bytes + row * columns_, columns_, products, units_, {}};
       for (__m256& total : rows.totals) total = _mm256_setzero_ps();
-      if (stored) {
-        Multiply<StoredPairs>(scratch_ + parts_.indices, values, rows);
-      } else {
+      if (R > Pairs::kDirectRows || stored) {
+        Multiply<StoredPairs>(indices, values, rows);
+      } else if constexpr (R <= Pairs::kDirectRows) {
         Multiply<Pairs>(positions, values, rows);
       }
       for (int r = 0; r < R; ++r) y[(row + r) * y_stride] = Sum(rows.totals[r]);
@@ -195,7 +196,9 @@ class Outputs {
     UnpackSigned(l_, l_.values + output * l_.value_bytes, l_.dense ? in_place_ : in_place_ / 2, l_.row_values,
                  tail_values_);
     if (l_.dense) return;
-    CopyTailPositions(l_, output, pairs_ * Pairs::kBytes, in_place_, tail_positions_, sizeof(tail_positions_));
+    uint8_t positions[16];
+    CopyTailPositions(l_, output, pairs_ * Pairs::kBytes, in_place_, positions, sizeof(positions));
+    StorePairs<Pairs>(positions, 1, false, table_, tail_indices_);
   }
 
   // Weight scales times the scales of R activation rows.
@@ -224,7 +227,7 @@ class Outputs {
     if (l_.dense) {
       DenseSteps<Signed, unit>(tail_values_, 2, rows);
     } else {
-      HalfPairs<Pairs, Signed, unit>(tail_positions_, table_, tail_values_, 1, false, rows);
+      HalfPairs<StoredPairs, Signed, unit>(tail_indices_, table_, tail_values_, 1, false, rows);
     }
   }
 };

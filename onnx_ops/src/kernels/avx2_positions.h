@@ -19,8 +19,10 @@ inline bool IsHalf(const Layout& l) { return 2 * l.n == l.m && l.m <= 16; }
 inline bool EndsInOddStep(const Layout& l) { return l.in_features > kPair && l.in_features % kPair == kStep; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Positions of a pair of steps. A vector of indices has the columns of four blocks of 16, eight bytes each; which block
-// goes where is the order: values as they lie in memory, or blocks 0 and 1 in the low halves of the two lanes.
+// Positions of a pair of steps, which up to kDirectRows activation rows are multiplied as they are looked up; for more
+// they are looked up first and kept, which is as fast for codes and makes a loop for all kinds out of one for each. A
+// vector of indices has the columns of four blocks of 16, eight bytes each; which block goes where is the order: values
+// as they lie in memory, or blocks 0 and 1 in the low halves of the two lanes.
 
 enum class Order { kValues, kLanes };
 
@@ -48,6 +50,7 @@ inline __m256i Lanes(__m128i low, __m128i high) {
 template <int kBits, Order order>
 struct CodePairs {
   static constexpr int kBytes = kBits;  // of eight fields
+  static constexpr int kDirectRows = 2;
 
   // Of the step that ends a row: its fields end where the row does, and other fields come before them.
   static NM_PIECE __m256i LoadStep(const uint8_t* p, const uint32_t* table) {
@@ -90,6 +93,7 @@ struct CodePairs {
 template <Order order>
 struct MaskPairs {
   static constexpr int kBytes = 16;
+  static constexpr int kDirectRows = 4;
 
   static NM_PIECE __m256i LoadStep(const uint8_t* p, const uint32_t*) { return Step(p); }
   static NM_PIECE Indices Load(const uint8_t* p, const uint32_t*) { return {Step(p), Step(p + 8)}; }
