@@ -83,7 +83,7 @@ class NMConfig:
             the output layer must be packed with N = M, as by `exclude=[]` and an override of "lm_head".
         preset: "fast" (training-free), "paper" (the whole pipeline of 2507.03052) or "best" (the most accurate, slow)
             sets the fields that docs/accuracy.md lists under it and that are not given; None for the defaults here.
-        calibration_samples: number of calibration windows.
+        calibration_samples: number of calibration windows; `distill` may train on another number.
         calibration_length: tokens per window.
         calibration_packing: documents are joined to fill windows; if not, each window is the beginning of a document of
             its own, as encoders of single sentences read them, and shorter documents are left out.
@@ -173,6 +173,12 @@ class NMConfig:
     def distill_settings(self) -> DistillConfig | None:
         """`distill` with its types."""
         return None if self.distill is None else DistillConfig.from_dict(self.distill)
+
+    @property
+    def distill_samples(self) -> int:
+        """Number of windows that `distill` trains on."""
+        samples = None if self.distill is None else self.distill["samples"]
+        return self.calibration_samples if samples is None else samples
 
     def is_excluded(self, name: str) -> bool:
         if name in OUTPUT_LAYERS and OUTPUT_LAYERS[0] in self.exclude:

@@ -101,6 +101,8 @@ class DistillConfig(TrainingConfig):
     the same hidden states: as TrainingConfig says, with defaults of its own, and
 
     Args:
+        samples: windows to train on; None for as many as `calibration_samples`. Of these and those one begins with the
+            other.
         gradient_checkpointing: compute the insides of each decoder block again for its gradient, so that those of one
             are in memory. Without it those of all are, and a step takes a fifth less time.
 
@@ -113,8 +115,11 @@ class DistillConfig(TrainingConfig):
     epochs: int = 1
     learning_rate: float = 1e-4
     batch_size: int = 1
+    samples: int | None = None
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.samples is not None:
+            self._require("samples", int, "a whole number above 0, or None", lambda value: value >= 1)
         self._require("gradient_checkpointing", bool, "true or false", lambda value: True)

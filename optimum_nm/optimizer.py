@@ -148,10 +148,12 @@ class NMOptimizer:
             work.begin(self._identity(config, windows))
             config, allocation = first_rank(partial(self._chosen, config, windows, progress, work))
             dense = self._dense_model(config)
-            summary = sparsify_model(self._weights, windows, config, progress, work=work, memory_budget=budget)
+            solved = windows[: config.calibration_samples]
+            summary = sparsify_model(self._weights, solved, config, progress, work=work, memory_budget=budget)
             summary.allocation = allocation
             if dense is not None:
-                distill_last(self._weights.model, dense, windows, config, summary, progress, work)
+                trained = windows[: config.distill_samples]
+                distill_last(self._weights.model, dense, trained, config, summary, progress, work)
             first_rank(partial(self._write, target, config, summary, work))
         if self._load is not None:
             self._load = partial(NMModel.from_pretrained, target)
@@ -183,13 +185,14 @@ class NMOptimizer:
             self._weights.to(device)
         windows = first_rank(partial(self._windows, config, calibration, progress))
         check_shares(windows, config)
+        solved = windows[: config.calibration_samples]
         if config.target_bits is not None:
-            config, allocation = first_rank(partial(allocate_layers, model, windows, config, progress))
+            config, allocation = first_rank(partial(allocate_layers, model, solved, config, progress))
         dense = self._dense_model(config)
-        summary = sparsify_model(self._weights, windows, config, progress, solve)
+        summary = sparsify_model(self._weights, solved, config, progress, solve)
         summary.allocation = allocation
         if dense is not None:
-            distill_last(model, dense, windows, config, summary, progress)
+            distill_last(model, dense, windows[: config.distill_samples], config, summary, progress)
         return config, summary
 
     def _dense_model(self, config: NMConfig) -> PreTrainedModel | None:
@@ -222,7 +225,7 @@ class NMOptimizer:
             calibration,
             model,
             self.tokenizer,
-            config.calibration_samples,
+            max(config.calibration_samples, config.distill_samples),
             config.calibration_length,
             config.seed,
             config.calibration_packing,
@@ -262,7 +265,8 @@ class NMOptimizer:
             return NMConfig.from_dict(saved["config"]), Allocation.from_dict(saved["allocation"])
         names = list(self._weights.model.state_dict())
         self._weights.open(names)
-        config, allocation = allocate_layers(self._weights.model, windows, config, progress)
+        solved = windows[: config.calibration_samples]
+        config, allocation = allocate_layers(self._weights.model, solved, config, progress)
         self._weights.close(names)
         work.choose({"config": config.to_dict(), "allocation": asdict(allocation)})
         return config, allocation

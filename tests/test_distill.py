@@ -22,6 +22,7 @@ from optimum_nm.sparsify import distill as distillation
 from optimum_nm.sparsify import memory_estimate
 from optimum_nm.sparsify.distill import distill
 from optimum_nm.sparsify.memory_estimate import estimate_bytes
+from optimum_nm.sparsify.pipeline import sparsify_model
 
 QUICK = {"epochs": 2, "learning_rate": 1e-3, "holdout": 0.25}
 ALL = {**OPTIONS, "calibration_samples": 8}
@@ -125,6 +126,20 @@ def test_bfloat16_model_is_trained_in_float32(tokenizer, text):
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
+@pytest.mark.parametrize(("solved", "trained"), [(4, 8), (8, 2)])
+def test_layers_are_solved_on_some_windows_and_the_model_is_trained_on_others(solved, trained, tokenizer, text):
+    dense, model = telling_model("Llama", tokenizer), telling_model("Llama", tokenizer)
+    windows = calibration_windows([text], tokenizer, 8, 48, seed=0)
+    options = {**OPTIONS, "calibration_samples": solved, "outliers": "2:32"}
+    settings = {**QUICK, "samples": trained}
+    sparsify_model(LoadedWeights(model), windows[:solved], NMConfig(**options), progress=False)
+    distill(model, dense, windows[:trained], DistillConfig(**settings), seed=0, progress=False)
+    optimizer = NMOptimizer(telling_model("Llama", tokenizer), tokenizer)
+    optimizer.sparsify(NMConfig(**options, distill=settings), [text], progress=False)
+    found, expected = packed_layers(optimizer.model), packed_layers(model)
+    assert all(torch.equal(found[name].unpack(), expected[name].unpack()) for name in expected)
+
+
 @pytest.mark.parametrize("train_norms", [True, False])
 def test_norms_are_trained_or_left(train_norms, tokenizer, text):
     dense, model, windows = sparsified(tokenizer, text)
@@ -226,6 +241,7 @@ def test_memory_without_checkpointing_is_that_of_what_autograd_keeps(tokenizer, 
         ("once", "distill is 'once'; it must be settings by name"),
         ({"targets": "dense"}, "distill sets 'targets'; it may set epochs"),
         ({"epochs": 0}, "distill's epochs is 0; it must be a whole number above 0"),
+        ({"samples": 0}, "distill's samples is 0; it must be a whole number above 0, or None"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

@@ -69,7 +69,7 @@ def _distillation_bytes(model: PreTrainedModel, blocks: nn.ModuleList, windows: 
     if settings is None:
         return 0
     text = model.config.get_text_config()
-    tokens = min(settings.batch_size, len(windows)) * windows.shape[1]
+    tokens = min(settings.batch_size, config.distill_samples) * windows.shape[1]
     trained = sum(parameter.numel() for block in blocks for parameter in block.parameters())
     kept = text.hidden_size
     if not settings.gradient_checkpointing:

@@ -41,11 +41,12 @@ def share(windows: Tensor) -> Tensor:
 
 def check_shares(windows: Tensor, config: NMConfig) -> None:
     """Raise NMError unless each rank gets a window, and as much as the others of every batch that is trained on."""
-    number, ranks = len(windows), count()
-    if number < ranks:
-        raise NMError(f"the calibration text makes {number} windows; {ranks} processes need at least {ranks}.")
-    for settings in filter(None, (config.finetune_settings, config.distill_settings)):
-        if number % ranks or settings.batch_size % ranks:
+    ranks = count()
+    solved, distilled = (len(windows[:number]) for number in (config.calibration_samples, config.distill_samples))
+    if solved < ranks:
+        raise NMError(f"the calibration text makes {solved} windows; {ranks} processes need at least {ranks}.")
+    for settings, number in ((config.finetune_settings, solved), (config.distill_settings, distilled)):
+        if settings is not None and (number % ranks or settings.batch_size % ranks):
             raise NMError(
                 f"{settings.FIELD} trains on {number} windows in batches of {settings.batch_size}; both must be "
                 f"multiples of the number of processes, {ranks}."
