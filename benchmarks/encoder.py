@@ -25,16 +25,17 @@ from demo_data import wikipedia_articles
 
 DEFAULTS = {"outliers": "8:256", "exclude": [], "calibration_samples": 256, "calibration_length": 128}
 BATCH = 50
+FOLLOWING = 4  # sentences that continue one
 
 
-def sentences(articles: list[str]) -> list[str]:
-    """Of 40 to 300 characters, in random order."""
-    found = [
-        sentence
-        for article in articles
-        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", article.replace("\n", " "))
-        if 40 <= len(sentence) <= 300
-    ]
+def sentences(articles: list[str], continued: bool = False) -> list[str]:
+    """Of 40 to 300 characters, in random order; `continued` by those that follow, so that short ones fill a window."""
+    found = []
+    for article in articles:
+        parts = re.split(r"(?<=[.!?])\s+(?=[A-Z])", article.replace("\n", " "))
+        for index, sentence in enumerate(parts):
+            if 40 <= len(sentence) <= 300:
+                found.append(" ".join(parts[index : index + FOLLOWING + 1]) if continued else sentence)
     random.Random(0).shuffle(found)
     return found
 
@@ -56,10 +57,11 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of an encoder whose embedding is the mean of its output")
     parser.add_argument("--sentences", type=int, default=400, help="held-out sentences to compare")
+    parser.add_argument("--continued", action="store_true", help="calibrate on sentences and what follows them")
     parser.add_argument("configs", nargs="+", help="JSON objects of NMConfig's fields")
     args = parser.parse_args()
-    train, held_out = map(sentences, wikipedia_articles())
-    texts = held_out[: args.sentences]
+    articles, held_out = wikipedia_articles()
+    train, texts = sentences(articles, args.continued), sentences(held_out)[: args.sentences]
     for config in args.configs:
         optimizer = NMOptimizer.from_pretrained(args.model)
         dense = embed(optimizer.model, optimizer.tokenizer, texts)
