@@ -146,9 +146,9 @@ class NMOptimizer:
             windows = first_rank(partial(self._windows, config, calibration, progress))
             check_shares(windows, config)
             work.begin(self._identity(config, windows))
-            config, allocation = first_rank(partial(self._chosen, config, windows, progress, work))
-            dense = self._dense_model(config)
             solved = windows[: config.calibration_samples]
+            config, allocation = first_rank(partial(self._chosen, config, solved, progress, work))
+            dense = self._dense_model(config)
             summary = sparsify_model(self._weights, solved, config, progress, work=work, memory_budget=budget)
             summary.allocation = allocation
             if dense is not None:
@@ -265,8 +265,7 @@ class NMOptimizer:
             return NMConfig.from_dict(saved["config"]), Allocation.from_dict(saved["allocation"])
         names = list(self._weights.model.state_dict())
         self._weights.open(names)
-        solved = windows[: config.calibration_samples]
-        config, allocation = allocate_layers(self._weights.model, solved, config, progress)
+        config, allocation = allocate_layers(self._weights.model, windows, config, progress)
         self._weights.close(names)
         work.choose({"config": config.to_dict(), "allocation": asdict(allocation)})
         return config, allocation
