@@ -199,6 +199,21 @@ void TestWholeRows(std::mt19937& random) {
   }
 }
 
+// Rows whose activations do not fit the first-level cache, which some kernels take a part at a time: of one activation
+// row from 9217 columns on, of sixteen from 577.
+void TestWideRows(std::mt19937& random) {
+  for (int dtype = 0; dtype < 5; ++dtype) {
+    for (int i = 0; i < 12; ++i) {
+      const int64_t rows = i % 4 == 3 ? 9 + static_cast<int64_t>(random() % 8) : int64_t{1} << i % 4;
+      Shape s = RandomShape(random, 9200 / rows + static_cast<int64_t>(random() % (14000 / rows)));
+      if (i % 3 == 0) s.in_features = s.in_features / 64 * 64;
+      s.out_features = 1 + static_cast<int64_t>(random() % 20);
+      s.dtype = dtype;
+      CheckShape(s, rows, false, random);
+    }
+  }
+}
+
 // Rows and outputs around and beyond the tiles of the kernels for many rows.
 void TestManyRows(std::mt19937& random, int count) {
   static const int64_t edges[] = {8, 16, 32, 64, 128, 512, 1024};
@@ -329,6 +344,7 @@ int main(int argc, char** argv) {
   nm_test::TestHalfConversions();
   nm_test::TestEveryTail(random);
   nm_test::TestWholeRows(random);
+  nm_test::TestWideRows(random);
   nm_test::TestRandomShapes(random, count);
   nm_test::TestManyRows(random, count / 10);
   nm_test::TestHostileWeights(random, 4 * count);

@@ -26,19 +26,33 @@ inline int64_t BlockCount(const Layout& l) {
 // Lanes that the columns of a block take, four each; a block of more than a step takes them again.
 inline int64_t StartLanes(const Layout& l) { return Min(BlockColumns(l) / 4, 16); }
 
+// Activations of a part of the columns stay in the first-level cache while kTogether outputs are multiplied by them,
+// one after the other: a row of 14336 float32 does not, and would be read from the second level for every output, whose
+// weights then wait for their cache lines behind it.
+constexpr int64_t kTogether = 16;
+constexpr int64_t kPartBytes = 36 << 10;
+
+// Of a row of some units (columns, outliers) with bytes of activations each: units of a part, all parts nearly equal.
+inline int64_t PartUnits(int64_t units, int64_t unit_bytes, int64_t multiple) {
+  const int64_t parts = (units * unit_bytes + kPartBytes - 1) / kPartBytes;
+  return RoundUp((units + parts - 1) / parts, multiple);
+}
+
 struct PackedRows {
   int64_t columns;  // padded
   int64_t blocks;
   int64_t row_starts;
   int64_t natural_columns;  // padded so that any position byte stays inside
   int64_t ordered_columns;
-  size_t natural;  // float32 in order, for the outliers and for float32 and float16 weights
-  size_t ordered;  // float32 in the order of the weight vectors
-  size_t bytes;    // int8
-  size_t starts;   // int32 a lane, of each block or of two half steps: −offset times the sum of its four bytes
-  size_t scales;   // float32 a block
-  size_t bases;    // int32 an outlier: first column of its block
-  size_t quads;    // `natural` of each four rows, side by side: [row / 4][column][4]
+  int64_t outlier_part;  // outliers of a part, for one activation row …
+  int64_t quad_part;     // … and for four side by side
+  size_t natural;        // float32 in order, for the outliers and for float32 and float16 weights
+  size_t ordered;        // float32 in the order of the weight vectors
+  size_t bytes;          // int8
+  size_t starts;         // int32 a lane, of each block or of two half steps: −offset times the sum of its four bytes
+  size_t scales;         // float32 a block
+  size_t bases;          // int32 an outlier: first column of its block
+  size_t quads;          // `natural` of each four rows, side by side: [row / 4][column][4]
   size_t total;
 };
 
@@ -50,6 +64,10 @@ inline PackedRows PlanRows(const Layout& l, int64_t rows, bool int8_activations)
   p.blocks = BlockCount(l);
   p.row_starts = p.blocks * StartLanes(l);
   p.natural_columns = p.columns + kLargestOutlierBlock;
+  if (l.row_outliers > 0) {
+    p.outlier_part = PartUnits(l.row_outliers, 4 * l.outlier_block / l.outlier_k, 16);
+    p.quad_part = PartUnits(l.row_outliers, 16 * l.outlier_block / l.outlier_k, l.outlier_k);
+  }
   Parts parts;
   const bool needs_natural = l.row_outliers > 0 || (!int8_activations && Interleave(l) == 1);
   p.natural = parts.Take(needs_natural ? rows * p.natural_columns * 4 : 0);

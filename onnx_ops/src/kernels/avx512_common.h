@@ -32,10 +32,10 @@ inline void PrefetchFar(const uint8_t* p) {
 }
 
 template <int64_t bytes>
-inline void PrefetchLines(const uint8_t* p) {
-  PrefetchFar(p);
+inline void PrefetchLines(const uint8_t* p, int64_t far) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + far), _MM_HINT_T1);
   _mm_prefetch(reinterpret_cast<const char*>(p + kNearPrefetch), _MM_HINT_T0);
-  if constexpr (bytes > 64) PrefetchLines<bytes - 64>(p + 64);
+  if constexpr (bytes > 64) PrefetchLines<bytes - 64>(p + 64, far);
 }
 
 inline uint64_t Load64(const uint8_t* p) {
@@ -104,15 +104,21 @@ inline __m512i UnrankWide(__m512i codes, int n) {
 }
 
 // Masks of an output row as the kernels read them, one 64-column step at a time; `last_step` is the first that cannot
-// be read in place, the number of steps where all can. From memory …
+// be read in place, the number of steps where all can. Nothing is read before it is asked for: rows are taken sixteen
+// at a time, and a row's end is not in the cache when its beginning is multiplied. From memory …
 struct StoredMasks {
   static constexpr bool kStored = true;
   const uint8_t* masks;
-  uint64_t last;
+  int64_t bytes;
+  uint64_t last_columns;
   int64_t last_step;
 
-  uint64_t Step(int64_t step) const { return step == last_step ? last : Load64(masks + 8 * step); }
+  uint64_t Step(int64_t step) const { return step == last_step ? LastStep(step) : PlainStep(step); }
   uint64_t PlainStep(int64_t step) const { return Load64(masks + 8 * step); }
+  uint64_t LastStep(int64_t step) const {
+    const int64_t left = bytes - 8 * step;
+    return (left >= 8 ? PlainStep(step) : LoadPartial(masks + 8 * step, left)) & last_columns;
+  }
   const uint8_t* Address(int64_t step) const { return masks + 8 * step; }
   void PrefetchStep(int64_t step) const {
     if (step % 4 == 0) Prefetch(Address(step));
@@ -123,13 +129,18 @@ struct StoredMasks {
 struct CodeMasks {
   static constexpr bool kStored = false;
   const uint8_t* codes;
+  int64_t bytes;
   const uint16_t* table;
-  uint64_t last;
+  uint64_t last_columns;
   int64_t last_step;
 
-  uint64_t Step(int64_t step) const { return step == last_step ? last : PlainStep(step); }
+  uint64_t Step(int64_t step) const { return step == last_step ? LastStep(step) : PlainStep(step); }
   // The last step has at least two bytes, so 8 bytes can be read at every other one.
   uint64_t PlainStep(int64_t step) const { return MaskOfFields<14>(table, Load64(codes + 7 * step), 14); }
+  uint64_t LastStep(int64_t step) const {
+    const uint64_t fields = LoadPartial(codes + 7 * step, bytes - 7 * step);
+    return MaskOfFields<14>(table, fields & ((uint64_t{1} << 56) - 1), 14) & last_columns;
+  }
   const uint8_t* Address(int64_t step) const { return codes + 7 * step; }
   void PrefetchStep(int64_t step) const {
     if (step % 4 == 0) Prefetch(Address(step));
@@ -151,28 +162,24 @@ class MaskReader {
   // A bitmap is used where it is; codes are written to scratch as masks. Dense rows have no masks.
   StoredMasks Stored(int64_t output, uint8_t* scratch) const {
     const Layout& l = layout_;
-    if (l.dense) return {scratch, ~uint64_t{0}, whole_ ? steps_ : steps_ - 1};
+    if (l.dense) return {scratch, 8 * steps_, ~uint64_t{0}, steps_};  // nobody asks which columns are kept
     const uint8_t* row = l.positions + output * l.position_bytes;
-    const int64_t before_last = 8 * (steps_ - 1);
     if (l.bitmap) {
-      if (whole_ && l.position_bytes == 8 * steps_) return {row, Load64(row + before_last), steps_};
-      return {row, LoadPartial(row + before_last, l.position_bytes - before_last) & last_columns_, steps_ - 1};
+      const bool in_place = whole_ && l.position_bytes == 8 * steps_;
+      return {row, l.position_bytes, last_columns_, in_place ? steps_ : steps_ - 1};
     }
     if (l.m == 32) {
       DecodeWide(row, scratch);
     } else {
       DecodeFields(row, scratch);
     }
-    return {scratch, Load64(scratch + before_last) & last_columns_, steps_ - 1};
+    return {scratch, 8 * steps_, last_columns_, steps_ - 1};
   }
 
   // For 8:16 in codes.
   CodeMasks Codes(int64_t output) const {
     const uint8_t* row = layout_.positions + output * layout_.position_bytes;
-    const int64_t before_last = 7 * (steps_ - 1);
-    const uint64_t fields = LoadPartial(row + before_last, layout_.position_bytes - before_last);
-    const uint64_t last = MaskOfFields<14>(table_.masks, fields & ((uint64_t{1} << 56) - 1), 14) & last_columns_;
-    return {row, table_.masks, last, steps_ - 1};
+    return {row, layout_.position_bytes, table_.masks, last_columns_, steps_ - 1};
   }
 
  private:

@@ -57,64 +57,116 @@ struct Bfloat16 {
   }
 };
 
-// One output row times R activation rows.
-
+// One output row.
 template <class Type, Density density, class Masks>
 struct FloatRow {
   Masks masks;
   const uint8_t* values;
   const uint8_t* last_values;  // of the last step, complete
-  int64_t steps;
-  int64_t step_values;
+};
 
+// All activation rows times kTogether outputs, a part of the columns after the other.
+template <class Type, Density density, class Masks>
+class FloatRows {
+ public:
+  FloatRows(const Layout& l, int64_t rows, const uint8_t* packed, uint8_t* scratch)
+      : layout_(l),
+        rows_(rows),
+        plan_(PlanRows(l, rows, false)),
+        packed_(packed),
+        scratch_(scratch),
+        reader_(l),
+        steps_(Steps(l)),
+        step_values_(l.dense ? kStep : kStep * l.n / l.m),
+        part_(PartUnits(steps_, rows * kStep * 4, 1)) {}
+
+  // y[r · y_stride + i] for `count` outputs from `first` on.
+  void Multiply(int64_t first, int64_t count, float* y, int64_t y_stride) {
+    const float* a = reinterpret_cast<const float*>(packed_ + plan_.ordered);
+    for (int64_t i = 0; i < count; ++i) outputs_[i] = Output(first + i, i);
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (__m512& total : totals_[r]) total = _mm512_setzero_ps();
+    }
+    for (int64_t start = 0; start < steps_; start += part_) {
+      for (int64_t i = 0; i < count; ++i) {
+        ForRows(rows_, [&](auto turn, int64_t r) {
+          AddPart<decltype(turn)::value>(outputs_[i], start, a + r * plan_.ordered_columns, &totals_[r], i);
+        });
+      }
+    }
+    ForRows(rows_, [&](auto turn, int64_t r) {
+      StoreTogether<decltype(turn)::value>(layout_, plan_, packed_, r, first, count, &totals_[r], y + r * y_stride,
+                                           y_stride);
+    });
+  }
+
+ private:
+  FloatRow<Type, density, Masks> Output(int64_t output, int64_t i) {
+    const int64_t step_bytes = step_values_ * Type::kBytes;
+    const uint8_t* values = layout_.values + output * layout_.value_bytes;
+    const uint8_t* last_values = values + (steps_ - 1) * step_bytes;
+    const int64_t last_bytes = layout_.value_bytes - (steps_ - 1) * step_bytes;
+    if (last_bytes < step_bytes) {
+      memset(padded_[i], 0, sizeof(padded_[i]));
+      memcpy(padded_[i], last_values, static_cast<size_t>(last_bytes));
+      last_values = padded_[i];
+    }
+    uint8_t* masks = scratch_ + i * static_cast<int64_t>(MaskReader::ScratchBytes(layout_));
+    return {MasksOf<Masks>(reader_, output, masks), values, last_values};
+  }
+
+  // Of the steps from `start` on: totals[r][i] for R activation rows.
   template <int R>
-  void Dot(const float* a, int64_t a_stride, float* sums) const {
+  void AddPart(const FloatRow<Type, density, Masks>& output, int64_t start, const float* a, __m512 (*totals)[kTogether],
+               int64_t i) const {
+    const int64_t a_stride = plan_.ordered_columns;
+    const int64_t count = StepValues<density>(step_values_);
+    // The next part that is read is the next output's.
+    const int64_t ahead = part_ == steps_ ? kFarPrefetch : layout_.value_bytes;
+    const int64_t end = Min(start + part_, steps_);
+    const int64_t plain_end = Min(end, steps_ - 1);
     __m512 lanes[R][kAccumulators];
     for (auto& row : lanes) {
       for (__m512& lane : row) lane = _mm512_setzero_ps();
     }
-    const int64_t count = StepValues<density>(step_values);
-    const uint8_t* v = values;
-    for (int64_t s = 0; s < steps - 1; ++s, v += count * Type::kBytes) {
-      PrefetchLines<(density == Density::kHalf ? kStep / 2 : kStep) * Type::kBytes>(v);
-      if (density != Density::kDense) masks.PrefetchStep(s);
-      const uint64_t mask = density == Density::kDense ? 0 : masks.PlainStep(s);
+    const uint8_t* v = output.values + start * count * Type::kBytes;
+    for (int64_t s = start; s < plain_end; ++s, v += count * Type::kBytes) {
+      PrefetchLines<(density == Density::kHalf ? kStep / 2 : kStep) * Type::kBytes>(v, ahead);
+      if (density != Density::kDense) output.masks.PrefetchStep(s);
+      const uint64_t mask = density == Density::kDense ? 0 : output.masks.PlainStep(s);
       Type::template Step<density, R>(v, mask, count, a + kStep * s, a_stride, lanes);
     }
-    Type::template Step<density, R>(last_values, masks.last, count, a + kStep * (steps - 1), a_stride, lanes);
+    if (end == steps_) {
+      const uint64_t mask = density == Density::kDense ? 0 : output.masks.LastStep(steps_ - 1);
+      Type::template Step<density, R>(output.last_values, mask, count, a + kStep * (steps_ - 1), a_stride, lanes);
+    }
     for (int r = 0; r < R; ++r) {
-      sums[r] = Sum(_mm512_add_ps(_mm512_add_ps(lanes[r][0], lanes[r][1]), _mm512_add_ps(lanes[r][2], lanes[r][3])));
+      const __m512 sum =
+          _mm512_add_ps(_mm512_add_ps(lanes[r][0], lanes[r][1]), _mm512_add_ps(lanes[r][2], lanes[r][3]));
+      totals[r][i] = _mm512_add_ps(totals[r][i], sum);
     }
   }
+
+  const Layout& layout_;
+  const int64_t rows_;
+  const PackedRows plan_;
+  const uint8_t* packed_;
+  uint8_t* scratch_;
+  const MaskReader reader_;
+  const int64_t steps_;
+  const int64_t step_values_;
+  const int64_t part_;  // steps whose activations stay in the cache
+  FloatRow<Type, density, Masks> outputs_[kTogether];
+  __m512 totals_[kMostFloatRows][kTogether];
+  uint8_t padded_[kTogether][kStep * Type::kBytes];
 };
 
 template <class Type, Density density, class Masks>
 void FloatOutputs(const Layout& l, int64_t rows, const uint8_t* packed, int64_t first, int64_t last, uint8_t* scratch,
                   float* y, int64_t y_stride) {
-  const PackedRows p = PlanRows(l, rows, false);
-  const MaskReader reader(l);
-  const int64_t steps = Steps(l);
-  const int64_t step_values = l.dense ? kStep : kStep * l.n / l.m;
-  const int64_t step_bytes = step_values * Type::kBytes;
-  const int64_t last_bytes = l.value_bytes - (steps - 1) * step_bytes;
-  const float* a = reinterpret_cast<const float*>(packed + p.ordered);
-  const int64_t a_stride = p.ordered_columns;
-  for (int64_t output = first; output < last; ++output) {
-    alignas(64) uint8_t padded[kStep * Type::kBytes];
-    const uint8_t* values = l.values + output * l.value_bytes;
-    const uint8_t* last_values = values + (steps - 1) * step_bytes;
-    if (last_bytes < step_bytes) {
-      memset(padded, 0, sizeof(padded));
-      memcpy(padded, last_values, static_cast<size_t>(last_bytes));
-      last_values = padded;
-    }
-    const FloatRow<Type, density, Masks> row{MasksOf<Masks>(reader, output, scratch), values, last_values, steps,
-                                             step_values};
-    ForRows(rows, [&](auto count, int64_t r) {
-      float sums[4];
-      row.template Dot<decltype(count)::value>(a + r * a_stride, a_stride, sums);
-      StoreSums(l, p, packed, output, r, decltype(count)::value, sums, y + output - first, y_stride);
-    });
+  FloatRows<Type, density, Masks> outputs(l, rows, packed, scratch);
+  for (int64_t output = first; output < last; output += kTogether) {
+    outputs.Multiply(output, Min(kTogether, last - output), y + output - first, y_stride);
   }
 }
 
@@ -129,7 +181,7 @@ void RunFloats(const Layout& l, int64_t rows, const void* packed, int64_t first,
   run(l, rows, static_cast<const uint8_t*>(packed), first, last, static_cast<uint8_t*>(scratch), y, y_stride);
 }
 
-size_t FloatScratch(const Layout& l, int64_t) { return MaskReader::ScratchBytes(l); }
+size_t FloatScratch(const Layout& l, int64_t) { return kTogether * MaskReader::ScratchBytes(l); }
 
 constexpr Kernel kKernels[] = {
     {"float32 rows", Isa::kAvx512, false, 1, kMostFloatRows, Supports<NM_FLOAT32>, FloatRowsBytes, PackFloats,

@@ -41,14 +41,15 @@ Masks MasksOf(const MaskReader& reader, int64_t output, uint8_t* scratch) {
 // Every mask is used once: no need to store it.
 inline bool ReadsCodes(const Layout& l, int64_t rows) { return l.n == 8 && l.m == 16 && !l.bitmap && rows <= 4; }
 
-// Outliers of an output row, sixteen at a time, the activations gathered; the lanes are to be added up.
-inline __m512 OutlierProducts(const Layout& l, int64_t output, const int32_t* bases, const float* a) {
+// Outliers first … last-1 of an output row, sixteen at a time, the activations gathered; the lanes are to be added up.
+inline __m512 OutlierProducts(const Layout& l, int64_t output, const int32_t* bases, const float* a, int64_t first,
+                              int64_t last) {
   const uint8_t* positions = l.outlier_positions + output * l.row_outliers;
   const uint8_t* values = l.outlier_values + output * l.outlier_bytes;
   const bool half = l.outlier_dtype == NM_FLOAT16;
   __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < l.row_outliers; i += 16) {
-    const int64_t left = l.row_outliers - i;
+  for (int64_t i = first; i < last; i += 16) {
+    const int64_t left = last - i;
     const __mmask16 inside = static_cast<__mmask16>(LowMask(left));
     Prefetch(values + (half ? 2 : 4) * i);
     Prefetch(positions + i);
@@ -61,17 +62,18 @@ inline __m512 OutlierProducts(const Layout& l, int64_t output, const int32_t* ba
   return sum;
 }
 
-// Outliers of an output row times four activation rows, side by side in `quads`: a multiply-add for each. Gathering
-// takes four times eleven cycles for sixteen; with two rows it is faster.
-inline void OutlierQuad(const Layout& l, int64_t output, const float* quads, float* sums) {
+// Outliers start … end-1, both where blocks begin, of an output row times four activation rows, side by side in
+// `quads`: a multiply-add for each. Gathering takes four times eleven cycles for sixteen; with two rows it is faster.
+inline __m128 OutlierQuad(const Layout& l, int64_t output, const float* quads, int64_t start, int64_t end) {
   const uint8_t* positions = l.outlier_positions + output * l.row_outliers;
   const uint8_t* values = l.outlier_values + output * l.outlier_bytes;
   const bool half = l.outlier_dtype == NM_FLOAT16;
   __m128 chains[4];
   for (__m128& chain : chains) chain = _mm_setzero_ps();
   alignas(64) float weights[16];
-  for (int64_t first = 0; first < l.row_outliers; first += l.outlier_k, quads += 4 * l.outlier_block) {
-    const int64_t last = Min(first + l.outlier_k, l.row_outliers);
+  quads += start / l.outlier_k * 4 * l.outlier_block;
+  for (int64_t first = start; first < end; first += l.outlier_k, quads += 4 * l.outlier_block) {
+    const int64_t last = Min(first + l.outlier_k, end);
     for (int64_t i = first; i < last; i += 16) {
       const int64_t left = Min(last - i, 16);
       const __mmask16 inside = static_cast<__mmask16>(LowMask(left));
@@ -94,20 +96,85 @@ inline void OutlierQuad(const Layout& l, int64_t output, const float* quads, flo
       }
     }
   }
-  _mm_store_ps(sums, _mm_add_ps(_mm_add_ps(chains[0], chains[1]), _mm_add_ps(chains[2], chains[3])));
+  return _mm_add_ps(_mm_add_ps(chains[0], chains[1]), _mm_add_ps(chains[2], chains[3]));
 }
 
 inline void StoreSums(const Layout& l, const PackedRows& p, const uint8_t* packed, int64_t output, int64_t row,
                       int count, const float* sums, float* y, int64_t y_stride) {
   alignas(16) float outliers[4] = {};
   if (l.row_outliers > 0 && count == 4) {
-    OutlierQuad(l, output, reinterpret_cast<const float*>(packed + p.quads) + row * p.natural_columns, outliers);
+    const float* quads = reinterpret_cast<const float*>(packed + p.quads) + row * p.natural_columns;
+    _mm_store_ps(outliers, OutlierQuad(l, output, quads, 0, l.row_outliers));
   } else if (l.row_outliers > 0) {
     const int32_t* bases = reinterpret_cast<const int32_t*>(packed + p.bases);
     const float* a = reinterpret_cast<const float*>(packed + p.natural) + row * p.natural_columns;
-    for (int r = 0; r < count; ++r, a += p.natural_columns) outliers[r] = Sum(OutlierProducts(l, output, bases, a));
+    for (int r = 0; r < count; ++r, a += p.natural_columns) {
+      outliers[r] = Sum(OutlierProducts(l, output, bases, a, 0, l.row_outliers));
+    }
   }
   for (int r = 0; r < count; ++r) y[(row + r) * y_stride] = sums[r] + outliers[r];
+}
+
+// Sum of the lanes of each vector.
+inline __m512 SumsOfLanes(const __m512 (&v)[kTogether]) {
+  __m512 pairs[8], quads[4], halves[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // a quarter holds four vectors' sums of their quarter
+    quads[i] = _mm512_add_ps(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                             _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
+                              _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                       _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+}
+
+// To the lanes of one activation row's sums of `count` outputs …
+inline void AddOutliers(const Layout& l, const PackedRows& p, const uint8_t* packed, int64_t row, int64_t first,
+                        int64_t count, __m512 (&totals)[kTogether]) {
+  const int32_t* bases = reinterpret_cast<const int32_t*>(packed + p.bases);
+  const float* a = reinterpret_cast<const float*>(packed + p.natural) + row * p.natural_columns;
+  for (int64_t start = 0; start < l.row_outliers; start += p.outlier_part) {
+    const int64_t end = Min(start + p.outlier_part, l.row_outliers);
+    for (int64_t i = 0; i < count; ++i) {
+      totals[i] = _mm512_add_ps(totals[i], OutlierProducts(l, first + i, bases, a, start, end));
+    }
+  }
+}
+
+// … or to the outputs of four.
+inline void AddOutliers(const Layout& l, const PackedRows& p, const uint8_t* packed, int64_t row, int64_t first,
+                        int64_t count, float* y, int64_t y_stride) {
+  const float* quads = reinterpret_cast<const float*>(packed + p.quads) + row * p.natural_columns;
+  for (int64_t start = 0; start < l.row_outliers; start += p.quad_part) {
+    const int64_t end = Min(start + p.quad_part, l.row_outliers);
+    for (int64_t i = 0; i < count; ++i) {
+      alignas(16) float sums[4];
+      _mm_store_ps(sums, OutlierQuad(l, first + i, quads, start, end));
+      for (int r = 0; r < 4; ++r) y[r * y_stride + i] += sums[r];
+    }
+  }
+}
+
+// The outputs whose lanes are in `totals`, with their outliers: y[r · y_stride + i] for R activation rows from `row`
+// on.
+template <int R>
+void StoreTogether(const Layout& l, const PackedRows& p, const uint8_t* packed, int64_t row, int64_t first,
+                   int64_t count, __m512 (*totals)[kTogether], float* y, int64_t y_stride) {
+  const bool outliers = l.row_outliers > 0;
+  for (int r = 0; r < R; ++r) {
+    for (int64_t i = count; i < kTogether; ++i) totals[r][i] = _mm512_setzero_ps();
+    if (R < 4 && outliers) AddOutliers(l, p, packed, row + r, first, count, totals[r]);
+    _mm512_mask_storeu_ps(y + r * y_stride, static_cast<__mmask16>(LowMask(count)), SumsOfLanes(totals[r]));
+  }
+  if (R == 4 && outliers) AddOutliers(l, p, packed, row, first, count, y, y_stride);
 }
 
 constexpr int64_t kAny = INT64_MAX;

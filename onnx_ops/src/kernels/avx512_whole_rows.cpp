@@ -9,8 +9,6 @@
 namespace nm {
 namespace {
 
-constexpr int64_t kTogether = 16;
-
 // Masks of a row, 64 columns each: a bitmap …
 struct BitmapMasks {
   static constexpr int64_t kStepBytes = 8;
@@ -36,27 +34,6 @@ struct FieldMasks {
     return MaskOfFields<14>(table, Load64(row + kStepBytes * step - 1) >> 8, 14);
   }
 };
-
-// Sum of the lanes of each vector.
-inline __m512 SumsOfLanes(const __m512 (&v)[kTogether]) {
-  __m512 pairs[8], quads[4], halves[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // a quarter holds four vectors' sums of their quarter
-    quads[i] = _mm512_add_ps(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
-                             _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
-                              _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
-  }
-  return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                       _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
-}
 
 // kBlockColumns: under one scale, 32, 64 or 128.
 template <class Weights, class Masks, class Dot, int64_t kBlockColumns>
@@ -92,16 +69,7 @@ struct WholeRows {
       Row<R>(dot, first + i, sums);
       for (int r = 0; r < R; ++r) totals[r][i] = sums[r];
     }
-    for (int64_t i = count; i < kTogether; ++i) {
-      for (int r = 0; r < R; ++r) totals[r][i] = _mm512_setzero_ps();
-    }
-    if (R < 4 && layout.row_outliers > 0) {
-      for (int r = 0; r < R; ++r) AddOutliers(row + r, first, count, totals[r]);
-    }
-    for (int r = 0; r < R; ++r) {
-      _mm512_mask_storeu_ps(y + r * y_stride, static_cast<__mmask16>(LowMask(count)), SumsOfLanes(totals[r]));
-    }
-    if (R == 4 && layout.row_outliers > 0) AddOutliers(row, first, count, y, y_stride);
+    StoreTogether<R>(layout, plan, packed, row, first, count, totals, y, y_stride);
   }
 
  private:
@@ -162,25 +130,6 @@ struct WholeRows {
     for (int r = 0; r < R; ++r) {
       const __m512 lanes = LaneScales(kHalfSteps, products + r * scales_stride, b);
       sums[r] = _mm512_fmadd_ps(Dot::Value(block[r]), lanes, sums[r]);
-    }
-  }
-
-  // To the lanes of one activation row's sums …
-  void AddOutliers(int64_t row, int64_t first, int64_t count, __m512 (&totals)[kTogether]) const {
-    const int32_t* bases = reinterpret_cast<const int32_t*>(packed + plan.bases);
-    const float* a = reinterpret_cast<const float*>(packed + plan.natural) + row * plan.natural_columns;
-    for (int64_t i = 0; i < count; ++i) {
-      totals[i] = _mm512_add_ps(totals[i], OutlierProducts(layout, first + i, bases, a));
-    }
-  }
-
-  // … or to the outputs of four.
-  void AddOutliers(int64_t row, int64_t first, int64_t count, float* y, int64_t y_stride) const {
-    const float* quads = reinterpret_cast<const float*>(packed + plan.quads) + row * plan.natural_columns;
-    for (int64_t i = 0; i < count; ++i) {
-      alignas(16) float sums[4];
-      OutlierQuad(layout, first + i, quads, sums);
-      for (int r = 0; r < 4; ++r) y[r * y_stride + i] += sums[r];
     }
   }
 };
