@@ -104,8 +104,8 @@ inline __m512i UnrankWide(__m512i codes, int n) {
 }
 
 // Masks of an output row as the kernels read them, one 64-column step at a time; `last_step` is the first that cannot
-// be read in place, the number of steps where all can. Nothing is read before it is asked for: rows are taken sixteen
-// at a time, and a row's end is not in the cache when its beginning is multiplied. From memory …
+// be read in place, the number of steps where all can. Nothing is read before it is asked for: a row's
+// end is not in the cache when its beginning is multiplied. From memory …
 struct StoredMasks {
   static constexpr bool kStored = true;
   const uint8_t* masks;
@@ -159,8 +159,8 @@ class MaskReader {
 
   static size_t ScratchBytes(const Layout& l) { return static_cast<size_t>(RoundUp(l.in_features, 512) / 8 + 64); }
 
-  // A bitmap is used where it is; codes are written to scratch as masks. Dense rows have no masks.
-  StoredMasks Stored(int64_t output, uint8_t* scratch) const {
+  // A bitmap is used where it is; codes are written to scratch as masks, or have been. Dense rows have no masks.
+  StoredMasks Stored(int64_t output, uint8_t* scratch, bool decode = true) const {
     const Layout& l = layout_;
     if (l.dense) return {scratch, 8 * steps_, ~uint64_t{0}, steps_};  // nobody asks which columns are kept
     const uint8_t* row = l.positions + output * l.position_bytes;
@@ -168,11 +168,8 @@ class MaskReader {
       const bool in_place = whole_ && l.position_bytes == 8 * steps_;
       return {row, l.position_bytes, last_columns_, in_place ? steps_ : steps_ - 1};
     }
-    if (l.m == 32) {
-      DecodeWide(row, scratch);
-    } else {
-      DecodeFields(row, scratch);
-    }
+    if (decode && l.m == 32) DecodeWide(row, scratch);
+    if (decode && l.m != 32) DecodeFields(row, scratch);
     return {scratch, 8 * steps_, last_columns_, steps_ - 1};
   }
 

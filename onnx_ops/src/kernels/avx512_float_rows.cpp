@@ -83,14 +83,11 @@ class FloatRows {
   // y[r · y_stride + i] for `count` outputs from `first` on.
   void Multiply(int64_t first, int64_t count, float* y, int64_t y_stride) {
     const float* a = reinterpret_cast<const float*>(packed_ + plan_.ordered);
-    for (int64_t i = 0; i < count; ++i) outputs_[i] = Output(first + i, i);
-    for (int64_t r = 0; r < rows_; ++r) {
-      for (__m512& total : totals_[r]) total = _mm512_setzero_ps();
-    }
     for (int64_t start = 0; start < steps_; start += part_) {
       for (int64_t i = 0; i < count; ++i) {
+        const auto output = Output(first + i, i, start == 0);
         ForRows(rows_, [&](auto turn, int64_t r) {
-          AddPart<decltype(turn)::value>(outputs_[i], start, a + r * plan_.ordered_columns, &totals_[r], i);
+          AddPart<decltype(turn)::value>(output, start, a + r * plan_.ordered_columns, &totals_[r], i);
         });
       }
     }
@@ -101,21 +98,22 @@ class FloatRows {
   }
 
  private:
-  FloatRow<Type, density, Masks> Output(int64_t output, int64_t i) {
+  // The i-th of the outputs; its first part writes down the masks of codes.
+  FloatRow<Type, density, Masks> Output(int64_t output, int64_t i, bool begins) {
     const int64_t step_bytes = step_values_ * Type::kBytes;
     const uint8_t* values = layout_.values + output * layout_.value_bytes;
     const uint8_t* last_values = values + (steps_ - 1) * step_bytes;
     const int64_t last_bytes = layout_.value_bytes - (steps_ - 1) * step_bytes;
     if (last_bytes < step_bytes) {
-      memset(padded_[i], 0, sizeof(padded_[i]));
-      memcpy(padded_[i], last_values, static_cast<size_t>(last_bytes));
-      last_values = padded_[i];
+      memset(padded_, 0, sizeof(padded_));
+      memcpy(padded_, last_values, static_cast<size_t>(last_bytes));
+      last_values = padded_;
     }
     uint8_t* masks = scratch_ + i * static_cast<int64_t>(MaskReader::ScratchBytes(layout_));
-    return {MasksOf<Masks>(reader_, output, masks), values, last_values};
+    return {MasksOf<Masks>(reader_, output, masks, begins), values, last_values};
   }
 
-  // Of the steps from `start` on: totals[r][i] for R activation rows.
+  // Of the steps from `start` on: totals[r][i] for R activation rows, begun where start is 0.
   template <int R>
   void AddPart(const FloatRow<Type, density, Masks>& output, int64_t start, const float* a, __m512 (*totals)[kTogether],
                int64_t i) const {
@@ -143,7 +141,7 @@ class FloatRows {
     for (int r = 0; r < R; ++r) {
       const __m512 sum =
           _mm512_add_ps(_mm512_add_ps(lanes[r][0], lanes[r][1]), _mm512_add_ps(lanes[r][2], lanes[r][3]));
-      totals[r][i] = _mm512_add_ps(totals[r][i], sum);
+      totals[r][i] = start == 0 ? sum : _mm512_add_ps(totals[r][i], sum);
     }
   }
 
@@ -156,9 +154,8 @@ class FloatRows {
   const int64_t steps_;
   const int64_t step_values_;
   const int64_t part_;  // steps whose activations stay in the cache
-  FloatRow<Type, density, Masks> outputs_[kTogether];
   __m512 totals_[kMostFloatRows][kTogether];
-  uint8_t padded_[kTogether][kStep * Type::kBytes];
+  uint8_t padded_[kStep * Type::kBytes];  // the last step of an output
 };
 
 template <class Type, Density density, class Masks>

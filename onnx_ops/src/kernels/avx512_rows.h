@@ -30,9 +30,9 @@ inline Density DensityOf(const Layout& l) {
 }
 
 template <class Masks>
-Masks MasksOf(const MaskReader& reader, int64_t output, uint8_t* scratch) {
+Masks MasksOf(const MaskReader& reader, int64_t output, uint8_t* scratch, bool decode = true) {
   if constexpr (Masks::kStored) {
-    return reader.Stored(output, scratch);
+    return reader.Stored(output, scratch, decode);
   } else {
     return reader.Codes(output);
   }
