@@ -104,8 +104,8 @@ inline __m512i UnrankWide(__m512i codes, int n) {
 }
 
 // Masks of an output row as the kernels read them, one 64-column step at a time; `last_step` is the first that cannot
-// be read in place, the number of steps where all can. Nothing is read before it is asked for: a row's end is not in the
-// cache when its beginning is multiplied. From memory …
+// be read in place, the number of steps where all can. Nothing is read before it is asked for: a row's end is not in
+// the cache when its beginning is multiplied. From memory …
 struct StoredMasks {
   static constexpr bool kStored = true;
   const uint8_t* masks;
