@@ -6,7 +6,7 @@ namespace nm {
 namespace {
 
 constexpr int64_t kLeastRows = 9;  // with fewer, kernels for few rows are faster
-constexpr int kOutputs = 8;        // of a turn: with two groups of rows, sixteen sums in registers
+constexpr int kSums = 16;          // in registers: of eight outputs and two groups of rows, or of sixteen and one
 
 // The unpacked weights of a tile and chunk times one or two groups of activation rows.
 class DotProduct {
@@ -26,9 +26,9 @@ class DotProduct {
   void Multiply(const Chunk& chunk, float* sums, Fetcher* fetcher) const {
     const int64_t last = chunk.last_step * kStep;
     for (int64_t column = chunk.first_step * kStep; column < last; column += block_columns_) {
-      for (int64_t output = 0; output < kTileOutputs; output += kOutputs) {
+      for (int64_t output = 0; output < kTileOutputs; output += kSums / groups) {
         MultiplyBlock<groups>(chunk, column, Min(column + block_columns_, last), output, sums);
-        if (fetcher != nullptr) fetcher->Fetch(4);
+        if (fetcher != nullptr) fetcher->Fetch(8 / groups);
       }
     }
   }
@@ -36,6 +36,7 @@ class DotProduct {
  private:
   template <int groups>
   void MultiplyBlock(const Chunk& chunk, int64_t column, int64_t last_column, int64_t output, float* sums) const {
+    constexpr int kOutputs = kSums / groups;
     const int64_t block = column / block_columns_;
     const int64_t lanes = (chunk.group * packed_.blocks + block) * kLanes;
     const int64_t next_group = packed_.blocks * kLanes;
@@ -43,7 +44,7 @@ class DotProduct {
 #pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) {
       const __m512i start = _mm512_load_si512(starts_ + lanes + g * next_group);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int o = 0; o < kOutputs; ++o) products[g][o] = start;
     }
     const uint8_t* w = weights_ + output / kLanes * kChunkSteps * kStepBytes +
@@ -55,7 +56,7 @@ class DotProduct {
         __m512i columns[groups];
 #pragma GCC unroll 2
         for (int g = 0; g < groups; ++g) columns[g] = _mm512_load_si512(a + g * kStepBytes + i * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int o = 0; o < kOutputs; ++o) {
           int32_t four;
           memcpy(&four, w + o * kStep + i, sizeof(four));
@@ -63,6 +64,7 @@ class DotProduct {
 #pragma GCC unroll 2
           for (int g = 0; g < groups; ++g) {
             products[g][o] = _mm512_dpbusd_epi32(products[g][o], weights, columns[g]);
+            asm("" : "+v"(products[g][o]));
           }
         }
       }
@@ -72,7 +74,7 @@ class DotProduct {
     for (int g = 0; g < groups; ++g) {
       const __m512 row_scales = _mm512_load_ps(row_scales_ + lanes + g * next_group);
       float* to = sums + g * kTileSums + output * kLanes;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int o = 0; o < kOutputs; ++o, to += kLanes) {
         const __m512 scale = _mm512_mul_ps(row_scales, _mm512_set1_ps(weight_scales[o]));
         _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[g][o]), scale, _mm512_load_ps(to)));
