@@ -156,7 +156,7 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   };
   float* sums = reinterpret_cast<float*>(memory + plan.sums);
   const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
-  const TilePlan tile_plan{rows, p.ActivationBytes(), kFloatChunkSteps, 2, outliers, nullptr, sums};
+  const TilePlan tile_plan{rows, p.ActivationBytes(), kFloatChunkSteps, 2, outliers, nullptr, sums, false};
   const auto run = [&](auto* unpacker) { TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride); };
   if constexpr (dtype == NM_INT8) {
     WithIntegerUnpacker<TermStep, Int8>(l, plan, memory, run);

@@ -8,6 +8,8 @@ namespace {
 // The unpacked weights of a tile and chunk times one or two groups of activation rows.
 class TileProduct {
  public:
+  static constexpr bool kFetchesColumns = false;
+
   TileProduct(const Layout& l, const PackedTiles& packed, const TileScratch& plan, const uint8_t* activations,
               const uint8_t* scratch)
       : packed_(packed), block_columns_(BlockColumns(l)), band_outputs_(plan.band_outputs) {

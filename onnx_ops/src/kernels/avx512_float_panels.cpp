@@ -6,8 +6,8 @@
 namespace nm {
 namespace {
 
-constexpr int64_t kMostGroups = 4;  // of a panel: a step of it and a tile of its sums stay in the first-level cache
-constexpr int64_t kListSteps = 8;   // unpacked at a time
+constexpr int64_t kMostGroups = 8;  // of a panel: a step of it and a tile of its sums stay in the first-level cache
+constexpr int64_t kListSteps = 4;   // unpacked at a time
 
 // Activations: float32[panel][column][group of the panel][row]; starts[row] is NaN where an activation is not finite:
 // such a row's outputs are NaN in a dense product, and skipped weights must not hide it.
@@ -120,8 +120,9 @@ class ListUnpacker {
     }
   }
 
-  void Unpack(int64_t begin, int64_t end, int64_t first_step, int64_t last_step, Fetcher*) const {
+  void Unpack(int64_t begin, int64_t end, int64_t first_step, int64_t last_step, Fetcher* fetcher) const {
     for (int64_t i = 0; i < kTileOutputs; ++i) {
+      fetcher->Fetch(1);
       KeptWeights* list = lists_ + i;
       for (int64_t step = first_step; step < last_step; ++step, list += kTileOutputs) {
         if (begin + i < end) {
@@ -174,24 +175,28 @@ void MultiplyLists(const KeptWeights* lists, const float* a, float* sums) {
   for (int64_t o = 0; o < kTileOutputs; ++o, sums += kLanes) {
     const KeptWeights& list = lists[o];
     __m512 chains[2][groups];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int g = 0; g < groups; ++g) {
       chains[0][g] = _mm512_load_ps(sums + g * kTileSums);
       chains[1][g] = _mm512_setzero_ps();
     }
-    const auto add = [&](int64_t i, __m512(&to)[groups]) __attribute__((always_inline)) {
+    const auto add = [&](int64_t i, uint64_t column, __m512(&to)[groups]) __attribute__((always_inline)) {
       const __m512 weight = _mm512_set1_ps(list.values[i]);
-      const float* lanes = a + list.columns[i] * (groups * kLanes);
-#pragma GCC unroll 4
+      const float* lanes = a + column * (groups * kLanes);
+#pragma GCC unroll 8
       for (int g = 0; g < groups; ++g) to[g] = _mm512_fmadd_ps(weight, _mm512_load_ps(lanes + g * kLanes), to[g]);
     };
     int64_t i = 0;
-    for (; i + 2 <= list.count; i += 2) {
-      add(i, chains[0]);
-      add(i + 1, chains[1]);
-    }
-    if (i < list.count) add(i, chains[0]);
+    for (; i + 8 <= list.count; i += 8) {
+      const uint64_t columns = Load64(list.columns + i);
 #pragma GCC unroll 4
+      for (int j = 0; j < 8; j += 2) {
+        add(i + j, columns >> (8 * j) & 255, chains[0]);
+        add(i + j + 1, columns >> (8 * j + 8) & 255, chains[1]);
+      }
+    }
+    for (; i < list.count; ++i) add(i, list.columns[i], chains[0]);
+#pragma GCC unroll 8
     for (int g = 0; g < groups; ++g) {
       _mm512_store_ps(sums + g * kTileSums, _mm512_add_ps(chains[0][g], chains[1][g]));
     }
@@ -200,7 +205,8 @@ void MultiplyLists(const KeptWeights* lists, const float* a, float* sums) {
 
 using MultiplyFunction = void (*)(const KeptWeights*, const float*, float*);
 constexpr MultiplyFunction kMultiply[kMostGroups] = {MultiplyLists<1>, MultiplyLists<2>, MultiplyLists<3>,
-                                                     MultiplyLists<4>};
+                                                     MultiplyLists<4>, MultiplyLists<5>, MultiplyLists<6>,
+                                                     MultiplyLists<7>, MultiplyLists<8>};
 
 template <int dtype>
 void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
@@ -211,10 +217,11 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   uint8_t* memory = static_cast<uint8_t*>(scratch);
   const float* panels = reinterpret_cast<const float*>(activations + p.panels);
   const KeptWeights* lists = reinterpret_cast<const KeptWeights*>(memory + plan.lists);
-  const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher*) {
+  const auto multiply = [&](const Chunk& chunk, int64_t groups, float* sums, Fetcher* fetcher) {
     for (int64_t step = chunk.first_step; step < chunk.last_step; ++step) {
       const float* a = panels + p.Start(chunk.group) + step * kStep * groups * kLanes;
       kMultiply[groups - 1](lists + (step - chunk.first_step) * kTileOutputs, a, sums);
+      fetcher->Fetch(kFetchTurns / kListSteps);
     }
   };
   const TilePlan tile_plan{rows,
@@ -223,7 +230,8 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
                            p.panel_groups,
                            reinterpret_cast<const float*>(activations + p.outliers),
                            l.dense ? nullptr : reinterpret_cast<const float*>(activations + p.starts),
-                           reinterpret_cast<float*>(memory + plan.sums)};
+                           reinterpret_cast<float*>(memory + plan.sums),
+                           true};
   const auto run = [&](auto* unpacker) { TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride); };
   if (ReadsCodes(l, 1)) {
     ListUnpacker<dtype, CodeMasks> unpacker(l, plan, memory);

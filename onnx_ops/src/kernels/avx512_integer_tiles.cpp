@@ -11,6 +11,8 @@ constexpr int kSums = 16;          // in registers: of eight outputs and two gro
 // The unpacked weights of a tile and chunk times one or two groups of activation rows.
 class DotProduct {
  public:
+  static constexpr bool kFetchesColumns = true;
+
   DotProduct(const Layout& l, const PackedTiles& packed, const TileScratch& plan, const uint8_t* activations,
              const uint8_t* scratch)
       : packed_(packed),

@@ -154,7 +154,8 @@ void RunIntegerTiles(const Layout& l, int64_t rows, const void* packed, int64_t 
   };
   float* sums = reinterpret_cast<float*>(memory + plan.sums);
   const float* outliers = reinterpret_cast<const float*>(activations + p.outliers);
-  const TilePlan tile_plan{rows, p.ActivationBytes(), kChunkSteps, 2, outliers, nullptr, sums};
+  const TilePlan tile_plan{rows, p.ActivationBytes(),     kChunkSteps, 2, outliers, nullptr,
+                           sums, Product::kFetchesColumns};
   WithIntegerUnpacker<Step, Weights>(l, plan, memory, [&](auto* unpacker) {
     TileRun(l, tile_plan, unpacker, multiply).Run(first, last, y, y_stride);
   });

@@ -27,35 +27,61 @@ class Fetcher {
   // Rows first … last-1 of a weight, in `turns` turns.
   Fetcher(const Layout& l, int64_t first, int64_t last, int64_t turns) {
     const int64_t outputs = last > first ? last - first : 0;
-    const uint8_t* const tensors[kRanges] = {l.scales, l.values, l.positions, l.outlier_values, l.outlier_positions};
-    const int64_t row_bytes[kRanges] = {2 * l.row_scales, l.value_bytes, l.position_bytes, l.outlier_bytes,
-                                        l.row_outliers};
-    int64_t bytes = 0;
-    for (int i = 0; i < kRanges; ++i) {
-      ranges_[i] = {tensors[i] + first * row_bytes[i], outputs * row_bytes[i]};
-      bytes += ranges_[i].bytes;
-    }
-    lines_ = bytes / (turns * 64) + 1;
+    const auto rows = [&](const uint8_t* tensor, int64_t row_bytes) {
+      Add({tensor + first * row_bytes, outputs * row_bytes, 0, 1});
+    };
+    rows(l.scales, 2 * l.row_scales);
+    rows(l.values, l.value_bytes);
+    rows(l.positions, l.position_bytes);
+    rows(l.outlier_values, l.outlier_bytes);
+    rows(l.outlier_positions, l.row_outliers);
+    SetTurns(turns);
+  }
+
+  // Values and positions of some steps of these rows.
+  Fetcher(const Layout& l, int64_t first, int64_t last, int64_t first_step, int64_t last_step, int64_t turns) {
+    const int64_t steps = Steps(l);
+    const auto parts = [&](const uint8_t* tensor, int64_t row_bytes) {
+      const int64_t skipped = row_bytes * first_step / steps;
+      Add({tensor + first * row_bytes + skipped, row_bytes * last_step / steps - skipped, row_bytes, last - first});
+    };
+    parts(l.values, l.value_bytes);
+    parts(l.positions, l.position_bytes);
+    SetTurns(turns);
   }
 
   void Fetch(int64_t turns) {
-    for (int64_t lines = turns * lines_; lines > 0 && at_ < kRanges;) {
-      Range& range = ranges_[at_];
-      for (; lines > 0 && range.bytes > 0; --lines, range.p += 64, range.bytes -= 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(range.p), _MM_HINT_T1);
+    for (int64_t lines = turns * lines_; lines > 0 && at_ < count_;) {
+      Pieces& pieces = pieces_[at_];
+      for (; lines > 0 && offset_ < pieces.bytes; --lines, offset_ += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(pieces.first + offset_), _MM_HINT_T1);
       }
-      if (range.bytes <= 0) ++at_;
+      if (offset_ < pieces.bytes) return;
+      offset_ = 0;
+      pieces.first += pieces.stride;
+      if (--pieces.count <= 0) ++at_;
     }
   }
 
  private:
-  struct Range {
-    const uint8_t* p;
-    int64_t bytes;
+  struct Pieces {
+    const uint8_t* first;
+    int64_t bytes;  // of each
+    int64_t stride;
+    int64_t count;
   };
-  static constexpr int kRanges = 5;
-  Range ranges_[kRanges];
-  int64_t lines_;
+  void Add(const Pieces& pieces) {
+    all_lines_ += pieces.count * (pieces.bytes / 64 + (pieces.count > 1));
+    pieces_[count_++] = pieces;
+  }
+  void SetTurns(int64_t turns) { lines_ = all_lines_ / turns + 1; }
+
+  static constexpr int kMostPieces = 5;
+  Pieces pieces_[kMostPieces];
+  int64_t all_lines_ = 0;
+  int64_t lines_ = 0;  // of a turn
+  int64_t offset_ = 0;
+  int count_ = 0;
   int at_ = 0;
 };
 
@@ -78,6 +104,7 @@ struct TilePlan {
   const float* outliers;  // activations for AddOutlierLanes
   const float* starts;    // of the sums of each row; null for zeros
   float* sums;
+  bool fetch_columns;  // weights of a chunk of columns are fetched ahead too: not measured with AMX yet
 };
 
 // Kernel::run. Unpacker: SetOutputs(band, begin, end) tells which outputs of a band come next, Unpack(begin, end,
@@ -140,7 +167,14 @@ class TileRun {
   void MultiplyByColumns(int64_t first, int64_t count) const {
     unpacker_->SetOutputs(first, 0, count);
     for (int64_t step = 0; step < steps_; step += plan_.chunk_steps) {
-      for (int64_t o = 0; o < count; o += kTileOutputs) MultiplyChunk(o, count, step, nullptr);
+      for (int64_t o = 0; o < count; o += kTileOutputs) {
+        const bool last_tile = o + kTileOutputs >= count;
+        const int64_t next = first + (last_tile ? 0 : o + kTileOutputs);
+        const int64_t next_step = Min(last_tile ? step + plan_.chunk_steps : step, steps_);
+        Fetcher fetcher(layout_, next, Min(next + kTileOutputs, first + count), next_step,
+                        Min(next_step + plan_.chunk_steps, steps_), kFetchTurns);
+        MultiplyChunk(o, count, step, plan_.fetch_columns ? &fetcher : nullptr);
+      }
     }
   }
 
