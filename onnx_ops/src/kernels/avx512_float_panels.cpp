@@ -247,13 +247,18 @@ bool SupportsPanels(const Layout& l) {
   return Supports<dtype>(l) && l.in_features <= kMostTileColumns;
 }
 
+constexpr int64_t kLeastRows = 13;  // with fewer, kernels for few rows are faster
+
+template <int dtype>
+constexpr Kernel KernelOf(const char* name) {
+  return {name,        Isa::kAvx512, false,        kLeastRows, kAny, SupportsPanels<dtype>,
+          PackedBytes, Pack,         ScratchBytes, Run<dtype>};
+}
+
 constexpr Kernel kKernels[] = {
-    {"float32 panels", Isa::kAvx512, false, kMostFloatRows + 1, kAny, SupportsPanels<NM_FLOAT32>, PackedBytes, Pack,
-     ScratchBytes, Run<NM_FLOAT32>},
-    {"float16 panels", Isa::kAvx512, false, kMostFloatRows + 1, kAny, SupportsPanels<NM_FLOAT16>, PackedBytes, Pack,
-     ScratchBytes, Run<NM_FLOAT16>},
-    {"bfloat16 panels", Isa::kAvx512, false, kMostFloatRows + 1, kAny, SupportsPanels<NM_BFLOAT16>, PackedBytes, Pack,
-     ScratchBytes, Run<NM_BFLOAT16>},
+    KernelOf<NM_FLOAT32>("float32 panels"),
+    KernelOf<NM_FLOAT16>("float16 panels"),
+    KernelOf<NM_BFLOAT16>("bfloat16 panels"),
 };
 
 }  // namespace

@@ -38,8 +38,8 @@ struct Registry {
     Append(Avx512IntegerTiles());
     Append(Avx512WholeRows());
     Append(Avx512IntegerRows());
-    Append(Avx512FloatRows());
     Append(Avx512FloatPanels());
+    Append(Avx512FloatRows());
 #endif
 #if defined(NM_HAVE_X86_KERNELS)
     Append(Avx2WholeRows());
