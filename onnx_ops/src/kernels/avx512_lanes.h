@@ -126,11 +126,18 @@ void AddOutlierGroups(const Layout& l, int64_t all_groups, const float* a, int64
                       float* sums) {
   const int64_t sums_stride = kTileOutputs * kLanes;
   const int64_t value_bytes = half ? 2 : 4;
+  const int64_t lines = (l.outlier_block + outputs - 1) / outputs;  // of the next block's activations
   for (int64_t i = 0; i < l.row_outliers; i += l.outlier_k, a += l.outlier_block * kLanes) {
     const int64_t count = Min(l.outlier_k, l.row_outliers - i);
     const uint8_t* positions = l.outlier_positions + first * l.row_outliers + i;
     const uint8_t* values = l.outlier_values + first * l.outlier_bytes + i * value_bytes;
+    const float* next = a + l.outlier_block * kLanes;
     for (int64_t o = 0; o < outputs; ++o, positions += l.row_outliers, values += l.outlier_bytes) {
+      for (int64_t column = 0; column < lines; ++column, next += kLanes) {
+        for (int g = 0; g < groups; ++g) {
+          _mm_prefetch(reinterpret_cast<const char*>(next + g * OutlierGroupFloats(l)), _MM_HINT_T1);
+        }
+      }
       float* to = sums + o / kTileOutputs * all_groups * sums_stride + o % kTileOutputs * kLanes;
       AddOutlierBlock<groups, half>(values, positions, count, a, OutlierGroupFloats(l), to, sums_stride);
     }
@@ -138,7 +145,8 @@ void AddOutlierGroups(const Layout& l, int64_t all_groups, const float* a, int64
 }
 
 // Adds the outliers of output rows first … first+outputs-1 to sums[output / kTileOutputs][group][kTileOutputs][16]. The
-// activations of a block and of two groups stay in the first-level cache while all outputs use them.
+// activations of a block and of two groups stay in the first-level cache while all outputs use them, and those of the
+// next block, which would come from the third-level cache, are fetched meanwhile.
 inline void AddOutlierLanes(const Layout& l, int64_t groups, const float* a, int64_t first, int64_t outputs,
                             float* sums) {
   const bool half = l.outlier_dtype == NM_FLOAT16;

@@ -38,7 +38,7 @@ class Fetcher {
     SetTurns(turns);
   }
 
-  // Values and positions of some steps of these rows.
+  // Some steps of these rows.
   Fetcher(const Layout& l, int64_t first, int64_t last, int64_t first_step, int64_t last_step, int64_t turns) {
     const int64_t steps = Steps(l);
     const auto parts = [&](const uint8_t* tensor, int64_t row_bytes) {
@@ -47,6 +47,8 @@ class Fetcher {
     };
     parts(l.values, l.value_bytes);
     parts(l.positions, l.position_bytes);
+    parts(l.outlier_values, l.outlier_bytes);
+    parts(l.outlier_positions, l.row_outliers);
     SetTurns(turns);
   }
 
