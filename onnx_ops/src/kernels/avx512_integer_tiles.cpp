@@ -66,7 +66,7 @@ class DotProduct {
 #pragma GCC unroll 2
           for (int g = 0; g < groups; ++g) {
             products[g][o] = _mm512_dpbusd_epi32(products[g][o], weights, columns[g]);
-            asm("" : "+v"(products[g][o]));
+            asm("" : "+v"(products[g][o]));  // or GCC 12 keeps a second copy of every sum, and moves them to and fro
           }
         }
       }

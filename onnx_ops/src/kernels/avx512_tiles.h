@@ -24,32 +24,23 @@ inline int64_t BandOutputs(int64_t groups) { return groups <= 32 ? kMostBandOutp
 // never waits.
 class Fetcher {
  public:
-  // Rows first … last-1 of a weight, in `turns` turns.
-  Fetcher(const Layout& l, int64_t first, int64_t last, int64_t turns) {
-    const int64_t outputs = last > first ? last - first : 0;
-    const auto rows = [&](const uint8_t* tensor, int64_t row_bytes) {
-      Add({tensor + first * row_bytes, outputs * row_bytes, 0, 1});
-    };
-    rows(l.scales, 2 * l.row_scales);
-    rows(l.values, l.value_bytes);
-    rows(l.positions, l.position_bytes);
-    rows(l.outlier_values, l.outlier_bytes);
-    rows(l.outlier_positions, l.row_outliers);
-    SetTurns(turns);
-  }
-
-  // Some steps of these rows.
+  // Steps first_step … last_step-1 of rows first … last-1 of a weight, in `turns` turns. Scales only with whole rows:
+  // a kernel that takes a chunk of columns has read them all.
   Fetcher(const Layout& l, int64_t first, int64_t last, int64_t first_step, int64_t last_step, int64_t turns) {
     const int64_t steps = Steps(l);
-    const auto parts = [&](const uint8_t* tensor, int64_t row_bytes) {
+    const int64_t rows = Max(last - first, 0);
+    const auto add = [&](const uint8_t* tensor, int64_t row_bytes) {
       const int64_t skipped = row_bytes * first_step / steps;
-      Add({tensor + first * row_bytes + skipped, row_bytes * last_step / steps - skipped, row_bytes, last - first});
+      const int64_t bytes = row_bytes * last_step / steps - skipped;
+      const uint8_t* start = tensor + first * row_bytes + skipped;
+      Add(bytes == row_bytes ? Pieces{start, rows * bytes, 0, 1} : Pieces{start, bytes, row_bytes, rows});
     };
-    parts(l.values, l.value_bytes);
-    parts(l.positions, l.position_bytes);
-    parts(l.outlier_values, l.outlier_bytes);
-    parts(l.outlier_positions, l.row_outliers);
-    SetTurns(turns);
+    if (last_step - first_step == steps) add(l.scales, 2 * l.row_scales);
+    add(l.values, l.value_bytes);
+    add(l.positions, l.position_bytes);
+    add(l.outlier_values, l.outlier_bytes);
+    add(l.outlier_positions, l.row_outliers);
+    lines_ = all_lines_ / turns + 1;
   }
 
   void Fetch(int64_t turns) {
@@ -76,7 +67,6 @@ class Fetcher {
     all_lines_ += pieces.count * (pieces.bytes / 64 + (pieces.count > 1));
     pieces_[count_++] = pieces;
   }
-  void SetTurns(int64_t turns) { lines_ = all_lines_ / turns + 1; }
 
   static constexpr int kMostPieces = 5;
   Pieces pieces_[kMostPieces];
@@ -160,7 +150,7 @@ class TileRun {
   void MultiplyByOutputs(int64_t first, int64_t count, int64_t last) const {
     for (int64_t o = 0; o < count; o += kTileOutputs) {
       const int64_t next = first + o + kTileOutputs;
-      Fetcher fetcher(layout_, next, Min(next + kTileOutputs, last), Chunks() * kFetchTurns);
+      Fetcher fetcher(layout_, next, Min(next + kTileOutputs, last), 0, steps_, Chunks() * kFetchTurns);
       unpacker_->SetOutputs(first, o, Min(o + kTileOutputs, count));
       for (int64_t step = 0; step < steps_; step += plan_.chunk_steps) MultiplyChunk(o, count, step, &fetcher);
     }
