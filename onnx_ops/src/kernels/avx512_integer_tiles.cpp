@@ -36,8 +36,10 @@ class DotProduct {
   }
 
  private:
+  // Not inlined: in a larger function GCC 12 keeps the sums in memory.
   template <int groups>
-  void MultiplyBlock(const Chunk& chunk, int64_t column, int64_t last_column, int64_t output, float* sums) const {
+  __attribute__((noinline)) void MultiplyBlock(const Chunk& chunk, int64_t column, int64_t last_column, int64_t output,
+                                               float* sums) const {
     constexpr int kOutputs = kSums / groups;
     const int64_t block = column / block_columns_;
     const int64_t lanes = (chunk.group * packed_.blocks + block) * kLanes;
