@@ -6,7 +6,7 @@
 namespace nm {
 namespace {
 
-constexpr int64_t kMostGroups = 8;  // of a panel: a step of it and a tile of its sums stay in the first-level cache
+constexpr int64_t kMostGroups = 8;  // of a panel: a step of it, 32 KB, stays in the first-level cache
 constexpr int64_t kListSteps = 4;   // unpacked at a time
 
 // Activations: float32[panel][column][group of the panel][row]; starts[row] is NaN where an activation is not finite:
