@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.image
+import psutil
 import pytest
 import torch
 
@@ -47,21 +49,21 @@ def measured(monkeypatch):
     class Measured(list):
         stop_at = None
 
-        def run(self, command, input, text, stdout, stderr):
-            task = json.loads(input)
+        def run(self, task, log):
+            task = json.loads(json.dumps(task))
             self.append(task["name"])
             if task["name"] == self.stop_at:
-                stdout.write("half a progress bar")
+                log.write("half a progress bar")
                 raise KeyboardInterrupt
             try:
                 run_task(task)
             except NMError as error:
-                stderr.write(f"Sparsifying\n{error}\n")
-                return subprocess.CompletedProcess(command, 1)
-            return subprocess.CompletedProcess(command, 0)
+                log.write(f"Sparsifying\n{error}\n")
+                return 1
+            return 0
 
     names = Measured()
-    monkeypatch.setattr(runner.subprocess, "run", names.run)
+    monkeypatch.setattr(runner, "run_measurement", names.run)
     return names
 
 
@@ -135,7 +137,7 @@ def test_row_that_fails_is_recorded_and_the_others_go_on(run, measured, tmp_path
 def test_failure_is_forgotten_once_the_row_succeeds(run, measured, monkeypatch):
     run({"int4": ROWS["int4"]})
     with monkeypatch.context() as patch:
-        patch.setattr(runner.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9))
+        patch.setattr(runner, "run_measurement", lambda task, log: -9)
         assert run({"8:16": {}}).failures == {"8:16": "it was ended by SIGKILL, as for want of memory."}
     assert run({"8:16": {}}).failures == {}
 
@@ -159,6 +161,30 @@ def test_process_of_its_own(run, measured, monkeypatch, tmp_path):
     assert measured == [DENSE.name]
     assert report.results["8:16"]["peak_bytes"] > 2**26
     assert not report.failures and not (tmp_path / "report" / "work").exists()
+
+
+def test_measurement_ends_with_the_report(tmp_path, tiny_llama_folder, text):
+    rows = {"endless": {**BASE, "finetune": {"epochs": 10**9, "holdout": 0.0}}}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "text.txt").write_text(text)
+    options = {
+        "model": tiny_llama_folder,
+        "output": tmp_path / "report",
+        "matrix": tmp_path / "rows.json",
+        "window": 32,
+    }
+    options |= {"calibration": tmp_path / "text.txt", "text": tmp_path / "text.txt"}
+    command = [sys.executable, "-m", "optimum_nm", "report"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    report = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any("Sparsifying" in log.read_text() for log in tmp_path.glob("report/work/*/log")):
+        assert report.poll() is None
+        time.sleep(0.1)
+    measuring = report.children()
+    assert measuring
+    report.kill()
+    report.wait()
+    assert psutil.wait_procs(measuring, timeout=120)[1] == []
 
 
 def test_key_depends_on_the_row_the_texts_the_model_and_how_it_is_read(tmp_path, tiny_llama_folder):

@@ -1,12 +1,15 @@
 """One row of a report: `python -m optimum_nm.report.measure`, a process of its own, so that its memory is its own.
 
-Reads the task, a JSON object, from standard input, and writes the result, another, to the file that the task names.
+Reads the task, a JSON object, from the first line of standard input, and writes the result, another, to the file that
+the task names. When standard input closes, whoever asked has ended, and so does this process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +80,20 @@ def run_task(task: dict[str, Any]) -> None:
     write_text(Path(task["result"]), json.dumps({**task["identity"], **result}, indent=2) + "\n")
 
 
+def end_with_input() -> None:
+    """Wait until standard input closes, and end the process.
+
+    It reads from the descriptor: a thread that waits in sys.stdin would hold its lock when the process ends by itself.
+    """
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=end_with_input, daemon=True).start()
     try:
-        run_task(json.load(sys.stdin))
+        run_task(task)
     except NMError as error:
         sys.exit(" ".join(str(error).split()))

@@ -7,9 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
@@ -155,13 +156,12 @@ def measure_apart(row: Row, setting: Setting, folder: ReportFolder, keep: bool) 
         "checkpoint": str(checkpoint),
         "result": str(folder.results / f"{key}.json"),
     }
-    command = [sys.executable, "-m", f"{__package__}.measure"]
     try:
         with log.open("w", encoding="utf-8") as stream:
-            run = subprocess.run(command, input=json.dumps(task), text=True, stdout=stream, stderr=stream)
-            if run.returncode < 0:
-                stream.write(f"\nit was ended by {signal.Signals(-run.returncode).name}, as for want of memory.\n")
-        if run.returncode:
+            status = run_measurement(task, stream)
+            if status < 0:
+                stream.write(f"\nit was ended by {signal.Signals(-status).name}, as for want of memory.\n")
+        if status:
             log.replace(folder.results / f"{key}.log")
             return
         (folder.results / f"{key}.log").unlink(missing_ok=True)
@@ -174,3 +174,16 @@ def measure_apart(row: Row, setting: Setting, folder: ReportFolder, keep: bool) 
         shutil.rmtree(work)
         if not any(work.parent.iterdir()):
             work.parent.rmdir()
+
+
+def run_measurement(task: dict[str, Any], log: TextIO) -> int:
+    """The exit status of `measure` in another process; negative, the signal that ended it.
+
+    It ends with this process, whatever ends that: its standard input then closes.
+    """
+    command = [sys.executable, "-m", f"{__package__}.measure"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0) as process:
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # its status says why it reads nothing
+            process.stdin.write(json.dumps(task).encode() + b"\n")
+        return process.wait()
