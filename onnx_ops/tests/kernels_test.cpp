@@ -199,6 +199,20 @@ void TestWholeRows(std::mt19937& random) {
   }
 }
 
+// Whole rows again, of integers with any number of kept columns, whose steps begin anywhere in the bytes.
+void TestEveryPattern(std::mt19937& random) {
+  for (int m : {4, 8, 16, 32}) {
+    for (int n = 1; n <= m; ++n) {
+      for (int dtype : {NM_INT8, NM_INT4}) {
+        const int64_t in_features = 64 * (2 + static_cast<int64_t>(random() % 20));
+        const int64_t group_size = random() % 4 == 0 ? -1 : int64_t{32} << random() % 3;
+        CheckShape({in_features, 17, n, m, dtype, NM_BITMAP, group_size, 0, 0, 0},
+                   1 + static_cast<int64_t>(random() % 7), random() % 8 == 0, random);
+      }
+    }
+  }
+}
+
 // Rows whose activations do not fit the first-level cache, which some kernels take a part at a time: of one activation
 // row from 9217 columns on, of sixteen from 577.
 void TestWideRows(std::mt19937& random) {
@@ -344,6 +358,7 @@ int main(int argc, char** argv) {
   nm_test::TestHalfConversions();
   nm_test::TestEveryTail(random);
   nm_test::TestWholeRows(random);
+  nm_test::TestEveryPattern(random);
   nm_test::TestWideRows(random);
   nm_test::TestRandomShapes(random, count);
   nm_test::TestManyRows(random, count / 10);

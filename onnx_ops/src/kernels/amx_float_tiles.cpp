@@ -104,7 +104,7 @@ class TermProduct {
 
 template <int dtype>
 TileScratch FloatTileScratch(const Layout& l, int64_t rows) {
-  const int64_t copy_bytes = IsInteger(dtype) ? IntegerCopyBytes(l) : kStep * 4;
+  const int64_t copy_bytes = IsInteger(dtype) ? kIntegerCopyBytes : kStep * 4;
   return {l, rows, {kFloatChunkSteps, kTerms<dtype> * kPairBytes, copy_bytes}};
 }
 template <int dtype>

@@ -212,7 +212,7 @@ class MaskReader {
   bool whole_;  // the last step has groups for all its columns
 };
 
-// Stored values of an int4 row from `first` (a multiple of 64) to the end, at most 128, one a byte.
+// Stored values of an int4 row from `first` (a multiple of 64) to the end, at most 192, one a byte.
 inline void UnpackInt4Tail(const Layout& l, const uint8_t* values, int64_t first, uint8_t* bytes) {
   for (int64_t chunk = first; chunk < l.row_values; chunk += kInt4Chunk) {
     const int64_t half = (Min(kInt4Chunk, l.row_values - chunk) + 1) / 2;

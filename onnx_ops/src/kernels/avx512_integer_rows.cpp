@@ -71,7 +71,7 @@ struct IntegerScratch {
     masks = parts.Take(static_cast<int64_t>(MaskReader::ScratchBytes(l)));
     scales = parts.Take(blocks * 4);
     products = parts.Take(4 * blocks * 4);
-    copy = parts.Take(IntegerCopyBytes(l));
+    copy = parts.Take(kIntegerCopyBytes);
     total = parts.total();
   }
 };

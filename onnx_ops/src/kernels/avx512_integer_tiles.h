@@ -78,7 +78,7 @@ inline void PackGroup(const Layout& l, const float* a, int64_t first, int64_t co
 }
 
 inline TileScratch IntegerTileScratch(const Layout& l, int64_t rows) {
-  return {l, rows, {kChunkSteps, kStepBytes, IntegerCopyBytes(l)}};
+  return {l, rows, {kChunkSteps, kStepBytes, kIntegerCopyBytes}};
 }
 inline size_t IntegerTileScratchBytes(const Layout& l, int64_t rows) { return IntegerTileScratch(l, rows).total; }
 

@@ -8,10 +8,14 @@
 namespace nm {
 namespace {
 
+// `WholeSteps` of a row can be loaded in place: what they read is the row's.
 template <Density density>
 struct Int8 {
   static constexpr Density kDensity = density;
-  static constexpr bool kUnpackFirst = false;
+  static int64_t WholeSteps(const Layout& l, int64_t step_values) {
+    if constexpr (density != Density::kGeneral) return l.row_values / step_values;
+    return l.row_values < kStep ? 0 : (l.row_values - kStep) / step_values + 1;
+  }
   static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t step_values) {
     return row + step * step_values;
   }
@@ -19,13 +23,13 @@ struct Int8 {
   // 64 columns of bytes, pruned ones at the offset; row points to the values of the whole row.
   static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t step_values, __m512i offset) {
     const uint8_t* v = row + step * step_values;
-    if constexpr (density == Density::kDense) return _mm512_loadu_si512(v);
     const __mmask64 k = mask;
     if constexpr (density == Density::kHalf) {
       return _mm512_mask_expand_epi8(offset, k,
                                      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v))));
     }
-    return _mm512_mask_expand_epi8(offset, k, _mm512_maskz_loadu_epi8(LowMask(step_values), v));
+    const __m512i values = _mm512_loadu_si512(v);  // more than it takes
+    return density == Density::kDense ? values : _mm512_mask_expand_epi8(offset, k, values);
   }
   // The last step of an odd number of them, for Density::kHalf.
   static __m512i LoadLone(const uint8_t* row, int64_t step, uint64_t mask, __m512i offset) {
@@ -33,25 +37,52 @@ struct Int8 {
   }
 };
 
+// Where int4 values i, i + 1 … of two chunks are, in 64 bytes: lane by lane the byte, and by how much every two lanes
+// are to be shifted. An even i has both of a pair in the same halves of their bytes.
+struct NibbleTable {
+  alignas(64) uint8_t bytes[2 * kInt4Chunk];
+  alignas(64) uint8_t shifts[2 * kInt4Chunk];
+};
+constexpr NibbleTable MakeNibbleTable() {
+  NibbleTable table = {};
+  for (int i = 0; i < 2 * kInt4Chunk; ++i) {
+    table.bytes[i] = static_cast<uint8_t>(i / kInt4Chunk * (kInt4Chunk / 2) + i % (kInt4Chunk / 2));
+    table.shifts[i] = i % 2 == 0 && i % kInt4Chunk >= kInt4Chunk / 2 ? 4 : 0;
+  }
+  return table;
+}
+constexpr NibbleTable kNibbles = MakeNibbleTable();
+
 template <Density density>
 struct Int4 {
   static constexpr Density kDensity = density;
-  static constexpr bool kUnpackFirst = density == Density::kGeneral;
-  static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t) {
-    return density == Density::kDense ? row + 32 * step : row + 16 * step;
+  static int64_t WholeSteps(const Layout& l, int64_t step_values) {
+    const int64_t chunks = l.row_values / kInt4Chunk;
+    if constexpr (density != Density::kGeneral) return chunks * kInt4Chunk / step_values;
+    return chunks < 2 ? 0 : ((chunks - 1) * kInt4Chunk + step_values - 1) / step_values;  // of any two chunks
+  }
+  static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t step_values) {
+    return row + step * step_values / 2;
   }
   static void Fetch(const uint8_t* values) { Prefetch(values); }
-  static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t, __m512i offset) {
+  static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t step_values, __m512i offset) {
     const __m256i low_bits = _mm256_set1_epi8(15);
+    const __mmask64 k = mask;
     if constexpr (density == Density::kDense) {
       const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 32 * step));
       return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, low_bits)),
                                 _mm256_and_si256(_mm256_srli_epi16(packed, 4), low_bits), 1);
     }
+    if constexpr (density == Density::kGeneral) {
+      const int64_t first = step * step_values;
+      const __m512i chunks = _mm512_loadu_si512(row + first / kInt4Chunk * (kInt4Chunk / 2));
+      const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(kNibbles.bytes + first % kInt4Chunk), chunks);
+      const __m512i halves = _mm512_srlv_epi16(bytes, _mm512_loadu_si512(kNibbles.shifts + first % kInt4Chunk));
+      return _mm512_mask_expand_epi8(offset, k, _mm512_and_si512(halves, _mm512_set1_epi8(15)));
+    }
     // 32 bytes hold the values of an even step in their low halves and of the odd one after it in their high halves.
     const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 32 * (step / 2)));
     const __m256i halves = step % 2 == 0 ? packed : _mm256_srli_epi16(packed, 4);
-    const __mmask64 k = mask;
     return _mm512_mask_expand_epi8(offset, k, _mm512_castsi256_si512(_mm256_and_si256(halves, low_bits)));
   }
   // Its 16 bytes hold the first 16 values in their low halves.
@@ -63,12 +94,14 @@ struct Int4 {
   }
 };
 
-// The stored values of an output row. Steps below `whole_steps` can be read in place; the rest, at most two of them, or
-// all of an int4 row in a general pattern, from a copy of one value a byte.
+// The stored values of an output row, and from a copy of one value a byte those behind its whole steps: at most two
+// steps, or of int4 in a general pattern what three chunks hold.
 struct IntegerValues {
   const uint8_t* values;
   const uint8_t* rest;
 };
+
+constexpr int64_t kIntegerCopyBytes = 3 * kInt4Chunk + kStep;
 
 // Finds and loads them.
 template <class Weights, class Rest>
@@ -77,7 +110,6 @@ struct IntegerReader {
   const __m512i offset;
   const int64_t steps;
   const int64_t step_values;
-  const int64_t whole_values;  // in a row; int4 values come in whole chunks
   const int64_t whole_steps;
 
   explicit IntegerReader(const Layout& l)
@@ -85,20 +117,18 @@ struct IntegerReader {
         offset(_mm512_set1_epi8(static_cast<char>(l.dtype == NM_INT4 ? 8 : 128))),
         steps(Steps(l)),
         step_values(l.dense ? kStep : kStep * l.n / l.m),
-        whole_values(Weights::kUnpackFirst ? 0
-                     : l.dtype == NM_INT4  ? l.row_values / kInt4Chunk * kInt4Chunk
-                                           : l.row_values),
-        whole_steps(Min(whole_values / step_values, steps)) {}
+        whole_steps(Min(Weights::WholeSteps(l, step_values), steps)) {}
 
-  // copy: IntegerCopyBytes of memory that lives as long as the row is read.
+  // copy: kIntegerCopyBytes of memory that lives as long as the row is read.
   IntegerValues Row(int64_t output, uint8_t* copy) const {
     const uint8_t* values = layout.values + output * layout.value_bytes;
-    if (whole_steps < steps && layout.dtype == NM_INT4) {
-      UnpackInt4Tail(layout, values, whole_values, copy);
-    } else if (whole_steps < steps) {
-      const int64_t first = whole_steps * step_values;
-      memcpy(copy, values + first, static_cast<size_t>(layout.row_values - first));
+    if (whole_steps == steps) return {values, nullptr};
+    const int64_t first = whole_steps * step_values;
+    if (layout.dtype == NM_INT4) {
+      UnpackInt4Tail(layout, values, first / kInt4Chunk * kInt4Chunk, copy);
+      return {values, copy + first % kInt4Chunk};
     }
+    memcpy(copy, values + first, static_cast<size_t>(layout.row_values - first));
     return {values, copy};
   }
 
@@ -114,11 +144,6 @@ struct IntegerReader {
     return Weights::Address(row.values, step, StepValues<Weights::kDensity>(step_values));
   }
 };
-
-inline int64_t IntegerCopyBytes(const Layout& l) {
-  const bool rows = l.dtype == NM_INT4 && DensityOf(l) == Density::kGeneral;
-  return rows ? RoundUp(l.row_values, 64) + 256 : 256;
-}
 
 // Scales of an output row, of sixteen blocks from `block` on, where each block has its own or all have one.
 inline __m512 ScalesFrom(const Layout& l, const uint8_t* halves, int64_t block) {
