@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from optimum_nm.config import LayerConfig
 from optimum_nm.errors import NMError
-from optimum_nm.evaluate.kernel_benchmark import KernelBenchmark, Timing, benchmark_kernels, select_kernels
+from optimum_nm.evaluate.kernel_benchmark import PATTERN, KernelBenchmark, Timing, benchmark_kernels, select_kernels
 from optimum_nm.evaluate.kernel_models import kernels, write_chains
 from optimum_nm.evaluate.kernel_plot import check_plot_file, plot
 from optimum_nm.onnx.operator import INPUT_NAMES
@@ -24,14 +24,14 @@ from optimum_nm.runtime.session import session_options
 
 SHAPE = (320, 96)  # a shorter last block of outliers and of scales
 CHAIN_BYTES = 200_000
-DENSE = [name for name, kernel in kernels().items() if not kernel.rivals]
-PACKED = [name for name, kernel in kernels().items() if kernel.rivals]
+KERNELS = kernels(PATTERN)
+PACKED = [name for name, kernel in KERNELS.items() if kernel.rivals]
 
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chains")
-    return write_chains(folder, list(kernels().values()), *SHAPE, CHAIN_BYTES)
+    return write_chains(folder, list(KERNELS.values()), PATTERN, *SHAPE, CHAIN_BYTES)
 
 
 def layers_of(path):
@@ -81,12 +81,28 @@ def expected(path, x):
     return x
 
 
-@pytest.mark.parametrize("name", kernels())
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_multiplies_by_the_weights_of_its_chain(chains, name):
+    check_chain(chains[name], name)
+
+
+@pytest.mark.parametrize("pattern", ["11:16", "16:16", "3:4", "16:32"])
+def test_any_pattern_can_be_measured(tmp_path, pattern):
+    pattern = NMPattern.parse(pattern)
+    chosen = select_kernels([f"{pattern} float16*", f"{pattern} int4*"], pattern)
+    assert len(chosen) == (3 if pattern.is_dense else 12)
+    chains = write_chains(tmp_path, chosen, pattern, *SHAPE, CHAIN_BYTES)
+    for kernel in chosen:
+        for _, attributes, constants in layers_of(chains[kernel.name]):
+            packed_weight(attributes, constants).validate()
+        check_chain(chains[kernel.name], kernel.name)
+
+
+def check_chain(path, name):
     x = np.random.default_rng(1).standard_normal((3, SHAPE[0]), dtype=np.float32)
-    session = onnxruntime.InferenceSession(chains[name], session_options(1), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, session_options(1), providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {"x": x})
-    reference = expected(chains[name], x.astype(np.float64))
+    reference = expected(path, x.astype(np.float64))
     rounded = ("int" in name and "accuracy level 0" not in name) or name.startswith(("Dynamic", "MatMulNBits"))
     error = np.linalg.norm(y - reference) / np.linalg.norm(reference)
     assert error < (0.05 if rounded else 1e-5)
@@ -100,7 +116,7 @@ def test_packed_weights_are_valid_and_differ(chains, name):
         weight.validate()
     assert [(w.in_features, w.out_features) for w in packed[:2]] == [SHAPE, SHAPE[::-1]]
     assert not torch.equal(packed[0].tensors["values"], packed[2].tensors["values"])
-    kernel = kernels()[name]
+    kernel = KERNELS[name]
     assert len(packed) == kernel.chain_length(*SHAPE, CHAIN_BYTES)
     assert packed[0].nbytes == kernel.layer_bytes(*SHAPE)
     assert sum(weight.nbytes for weight in packed) >= 0.9 * CHAIN_BYTES
@@ -129,7 +145,7 @@ def test_every_setting_is_measured_in_every_round(result):
 
 
 def timing(kernel, seconds, rows=1, bits=8.0):
-    return Timing(kernel, 1000, 1000, 1, rows, 3, bits, seconds)
+    return Timing(kernel, 1000, 1000, 1, rows, 3, bits, seconds, KERNELS[kernel].rivals)
 
 
 def test_figures_follow_from_the_samples():

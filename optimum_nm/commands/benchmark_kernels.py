@@ -33,12 +33,14 @@ class BenchmarkKernelsCommand(Command):
         parser.add_argument(
             "--kernels", nargs="+", metavar="NAME", default=["*"], help="shell wildcards of the names in the table"
         )
+        parser.add_argument("--pattern", default="8:16", metavar="N:M", help="of the sparse weights (default: 8:16)")
         parser.add_argument("--rounds", type=positive, default=5, help="measurements of each figure")
         parser.add_argument("--plot", metavar="FILE.png", help="write latency, bandwidth and size as a picture")
 
     def outcome(self) -> Outcome:
         from ..evaluate.kernel_benchmark import QUICK_SHAPES, SHAPES, benchmark_kernels
         from ..evaluate.kernel_plot import check_plot_file, plot
+        from ..patterns import NMPattern
 
         args = self.args
         picture = None if args.plot is None else check_plot_file(Path(args.plot))
@@ -47,6 +49,7 @@ class BenchmarkKernelsCommand(Command):
             rows=sorted(set(args.rows)),
             threads=args.threads,
             names=args.kernels,
+            pattern=NMPattern.parse(args.pattern),
             rounds=args.rounds,
         )
         if picture is not None:

@@ -22,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import NMError
+from ..patterns import NMPattern
 from ..runtime.session import session_options
 from .benchmark import machine
 from .kernel_models import Kernel, kernels, write_chains
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 8192), (576, 1536))
 QUICK_SHAPES = SHAPES[:1]
+PATTERN = NMPattern(8, 16)
 _LEAST_SECONDS = 0.03  # of one measurement: repeated runs of a chain
 _LARGEST_CHAIN = 448 << 20  # bytes; with it the weights of all kernels stay below 6 GB
 
@@ -45,6 +47,7 @@ class Timing:
         layers: different weights that were multiplied by in turn.
         bits_per_weight: of memory, positions, scales and outliers included.
         seconds: per matrix product, one a round.
+        rivals: the dense kernels of as many bits a value; none for these themselves.
     """
 
     kernel: str
@@ -55,6 +58,7 @@ class Timing:
     layers: int
     bits_per_weight: float
     seconds: list[float]
+    rivals: tuple[str, ...]
 
     @property
     def median(self) -> float:
@@ -96,11 +100,10 @@ class KernelBenchmark:
 
     def speedup(self, timing: Timing) -> float | None:
         """Over the fastest dense kernel of as many bits a value; None for dense kernels and where none was measured."""
-        rivals = kernels()[timing.kernel].rivals
         same = [
             other.median
             for other in self.timings
-            if other.kernel in rivals and _setting(other) == _setting(timing) and other.rows == timing.rows
+            if other.kernel in timing.rivals and _setting(other) == _setting(timing) and other.rows == timing.rows
         ]
         return min(same) / timing.median if same else None
 
@@ -131,7 +134,7 @@ class KernelBenchmark:
         about = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         legend = (
             "µs: median per matrix product ± half the range over the rounds; GB/s: bytes of weights read; ×: times "
-            "faster than the fastest dense kernel of as many bits a value (MatMul float32 for 16 bits); 8:16 int8 and "
+            "faster than the fastest dense kernel of as many bits a value (MatMul float32 for 16 bits); N:M int8 and "
             "int4 are at accuracy level 4, as MatMulNBits, unless they say 0"
         )
         return "\n\n".join([*parts, f"{legend}\n{settings}\n{about}"])
@@ -159,6 +162,7 @@ def benchmark_kernels(
     rows: Sequence[int] = (1, 16, 128),
     threads: Sequence[int] | None = None,
     names: Sequence[str] = ("*",),
+    pattern: NMPattern = PATTERN,
     rounds: int = 5,
     chain_bytes: int | None = None,
 ) -> KernelBenchmark:
@@ -169,13 +173,14 @@ def benchmark_kernels(
         rows: of activations.
         threads: numbers of threads; by default one, and as many as there are cores.
         names: shell wildcards of the kernels to measure; `kernel_models.kernels` lists them all.
+        pattern: that of the sparse weights.
         chain_bytes: weights of a chain; by default twice the last-level cache, or a quarter more than it where that
             would be very large.
 
     Raises:
         NMError: a wildcard fits no kernel, or there is no space for the weights.
     """
-    chosen = select_kernels(names)
+    chosen = select_kernels(names, pattern)
     thread_counts = sorted({1, core_count()}) if threads is None else list(threads)
     chain_bytes = default_chain_bytes(last_level_cache()) if chain_bytes is None else chain_bytes
     settings = {"rounds": rounds, "chain_MiB": round(chain_bytes / 2**20, 1)}
@@ -185,7 +190,7 @@ def benchmark_kernels(
         for shape in shapes:
             with tempfile.TemporaryDirectory(prefix="optimum-nm-kernels-") as folder:
                 try:
-                    chains = write_chains(Path(folder), chosen, *shape, chain_bytes)
+                    chains = write_chains(Path(folder), chosen, pattern, *shape, chain_bytes)
                 except OSError as error:
                     raise NMError(
                         f"{folder} cannot hold the weights ({error.strerror}); TMPDIR names another place."
@@ -195,9 +200,9 @@ def benchmark_kernels(
     return result
 
 
-def select_kernels(names: Sequence[str]) -> list[Kernel]:
+def select_kernels(names: Sequence[str], pattern: NMPattern = PATTERN) -> list[Kernel]:
     """The kernels whose names fit one of some shell wildcards; NMError for a wildcard that fits none."""
-    everything = kernels()
+    everything = kernels(pattern)
     for name in names:
         if not fnmatch.filter(everything, name):
             raise NMError(f"no kernel is named {name!r}; there are: {', '.join(everything)}.")
@@ -251,12 +256,13 @@ def _measure_shape(
                 if kernel.name in sessions:
                     bar.set_postfix_str(f"{shape[0]}×{shape[1]}, {threads} threads, M={m}, {kernel.name}")
                     samples[kernel.name, m].append(_run_seconds(sessions[kernel.name], x))
+    by_name = {kernel.name: kernel for kernel in chosen}
     for (name, m), seconds in samples.items():
-        kernel = kernels()[name]
+        kernel = by_name[name]
         layers = kernel.chain_length(*shape, chain_bytes)
         bits = 8 * kernel.layer_bytes(*shape) / (shape[0] * shape[1])
         per_layer = [value / layers for value in seconds]
-        result.timings.append(Timing(name, *shape, threads, m, layers, bits, per_layer))
+        result.timings.append(Timing(name, *shape, threads, m, layers, bits, per_layer, kernel.rivals))
 
 
 def _sessions(

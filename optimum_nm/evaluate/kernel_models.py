@@ -20,8 +20,8 @@ from ..config import LayerConfig
 from ..onnx.external_data import external_initializer
 from ..onnx.operator import DOMAIN, OPERATOR, VERSION, node_attributes, packed_inputs
 from ..packing.safetensors_files import TensorLocation
-from ..patterns import OutlierPattern
-from .kernel_weights import GROUP_SIZE, OUTLIERS, PATTERN, RandomLayer
+from ..patterns import NMPattern, OutlierPattern
+from .kernel_weights import GROUP_SIZE, OUTLIERS, RandomLayer
 
 _MICROSOFT = "com.microsoft"
 _PAGE = 4096
@@ -70,31 +70,36 @@ class Kernel:
         return max(2, -(-chain_bytes // self.layer_bytes(in_features, out_features)))
 
 
-def kernels() -> dict[str, Kernel]:
-    """Every kernel by its name, the dense ones of ONNX Runtime first."""
+def kernels(pattern: NMPattern) -> dict[str, Kernel]:
+    """Every kernel by its name, the dense ones of ONNX Runtime first, then those of a pattern."""
     dense = [_matmul(), _dynamic(), *(_nbits(bits, block) for bits, block in ((8, 128), (4, 128), (4, 32)))]
     rivals = {
         "int8": (dense[1].name, dense[2].name),
         "int4": (dense[3].name, dense[4].name),
     }
     packed = [
-        _packed(dtype, positions, outliers, level, rivals.get(dtype, (dense[0].name,)))
+        _packed(pattern, dtype, positions, outliers, level, rivals.get(dtype, (dense[0].name,)))
         for dtype in ("float32", "float16", "bfloat16", "int8", "int4")
         for level in ((4, 0) if dtype in rivals else (0,))
-        for positions in ("codes", "bitmap")
-        for outliers in (None, OUTLIERS)
+        for positions in (("bitmap",) if pattern.is_dense else ("codes", "bitmap"))
+        for outliers in ((None,) if pattern.is_dense else (None, OUTLIERS))
     ]
     return {kernel.name: kernel for kernel in (*dense, *packed)}
 
 
 def write_chains(
-    folder: Path, chosen: list[Kernel], in_features: int, out_features: int, chain_bytes: int
+    folder: Path, chosen: list[Kernel], pattern: NMPattern, in_features: int, out_features: int, chain_bytes: int
 ) -> dict[str, Path]:
-    """An ONNX model `x [rows, K] → y` for each kernel, in `folder`, with its weights in files beside it."""
+    """An ONNX model `x [rows, K] → y` for each kernel, in `folder`, with its weights in files beside it.
+
+    Args:
+        pattern: that of the sparse ones among the kernels.
+    """
     lengths = {kernel.name: kernel.chain_length(in_features, out_features, chain_bytes) for kernel in chosen}
     shapes = [(in_features, out_features), (out_features, in_features)]
     sources = [
-        RandomLayer(*shape, seed) for seed, shape in enumerate(shapes[: 1 if in_features == out_features else 2])
+        RandomLayer(*shape, pattern, seed)
+        for seed, shape in enumerate(shapes[: 1 if in_features == out_features else 2])
     ]
     copies: dict[tuple[int, str], int] = {}
     for kernel in chosen:
@@ -155,9 +160,14 @@ def _write(file: Path, source: RandomLayer, name: str, count: int) -> list[Tenso
 
 
 def _packed(
-    dtype: str, positions: str, outliers: OutlierPattern | None, accuracy_level: int, rivals: tuple[str, ...]
+    pattern: NMPattern,
+    dtype: str,
+    positions: str,
+    outliers: OutlierPattern | None,
+    accuracy_level: int,
+    rivals: tuple[str, ...],
 ) -> Kernel:
-    config = LayerConfig(PATTERN, outliers, dtype, GROUP_SIZE, positions, "float16")
+    config = LayerConfig(pattern, outliers, dtype, GROUP_SIZE, positions, "float16")
     sources = {
         "values": f"{dtype}.values",
         "positions": positions,
@@ -175,7 +185,7 @@ def _packed(
             for name, (shape, element_type) in packed_inputs(in_features, out_features, config).items()
         }
 
-    name = f"{PATTERN} {dtype} {positions}" + (f" + {outliers}" if outliers else "")
+    name = f"{pattern} {dtype}" + ("" if pattern.is_dense else f" {positions}") + (f" + {outliers}" if outliers else "")
     if dtype in ("int8", "int4") and accuracy_level == 0:
         name += ", accuracy level 0"
     return Kernel(name, rivals, node, inputs)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NMError
-from .kernel_benchmark import KernelBenchmark, Timing
+from .kernel_benchmark import PATTERN, KernelBenchmark, Timing
 from .kernel_models import kernels
-from .kernel_weights import OUTLIERS, PATTERN
+from .kernel_weights import OUTLIERS
 from .pictures import require_matplotlib, save_picture
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ def plot(result: KernelBenchmark, file: Path) -> None:
     save_picture(figure, file, dpi=100)
 
 
-def _style(name: str) -> dict[str, Any]:
+def _style(timing: Timing) -> dict[str, Any]:
     """Colour by value type, marker by positions, dashes for outliers, pale for accuracy level 0."""
-    if not name.startswith(str(PATTERN)):
-        order = [dense for dense, kernel in kernels().items() if not kernel.rivals]
+    name = timing.kernel
+    if not timing.rivals:
+        order = [dense for dense, kernel in kernels(PATTERN).items() if not kernel.rivals]
         grey = str(0.7 * order.index(name) / len(order))
         return {"color": grey, "marker": "sPXdv"[order.index(name)], "linestyle": ":"}
     types = ("float32", "float16", "bfloat16", "int8", "int4")
@@ -70,8 +71,8 @@ def _style(name: str) -> dict[str, Any]:
 def _plot_latency(axes: Axes, timings: list[Timing]) -> None:
     rows = sorted({timing.rows for timing in timings})
     for name in dict.fromkeys(timing.kernel for timing in timings):
-        median = {timing.rows: timing.median for timing in timings if timing.kernel == name}
-        axes.plot(rows, [median[m] * 1e6 for m in rows], label=name, **_style(name))
+        of_kernel = {timing.rows: timing for timing in timings if timing.kernel == name}
+        axes.plot(rows, [of_kernel[m].median * 1e6 for m in rows], label=name, **_style(of_kernel[rows[0]]))
     axes.set(xscale="log", yscale="log", xlabel="rows of activations", ylabel="µs per matrix product")
     axes.set_xticks(rows, labels=[str(m) for m in rows], minor=False)
     axes.tick_params(axis="x", which="minor", labelbottom=False)
@@ -80,7 +81,7 @@ def _plot_latency(axes: Axes, timings: list[Timing]) -> None:
 
 def _plot_bandwidth(axes: Axes, timings: list[Timing], ideal: float) -> None:
     names = [timing.kernel for timing in timings]
-    axes.barh(names, [t.bandwidth / 1e9 for t in timings], color=[_style(name)["color"] for name in names])
+    axes.barh(names, [t.bandwidth / 1e9 for t in timings], color=[_style(t)["color"] for t in timings])
     axes.axvline(ideal / 1e9, color="black", linestyle=":", label="memory reads")
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize="x-small")
@@ -90,7 +91,7 @@ def _plot_bandwidth(axes: Axes, timings: list[Timing], ideal: float) -> None:
 
 def _plot_size(axes: Axes, timings: list[Timing], ideal: float) -> None:
     for timing in timings:
-        axes.plot(timing.bits_per_weight, timing.median * 1e6, **_style(timing.kernel))
+        axes.plot(timing.bits_per_weight, timing.median * 1e6, **_style(timing))
     most = max(timing.bits_per_weight for timing in timings)
     elements = timings[0].in_features * timings[0].out_features
     axes.plot([0, most], [0, most * elements / 8 / ideal * 1e6], "k:", label="memory reads")

@@ -1,4 +1,4 @@
-"""Random weights in every form that a kernel reads; 8:16 tensors are exactly what docs/format.md asks for."""
+"""Random weights in every form that a kernel reads; N:M tensors are exactly what docs/format.md asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ..packing.codes import pack_fields, unrank_masks
 from ..packing.values import LARGEST, pack_integers
 from ..patterns import NMPattern, OutlierPattern
 
-PATTERN = NMPattern(8, 16)
 OUTLIERS = OutlierPattern(16, 256)
 GROUP_SIZE = 128
 Array = npt.NDArray[Any]
@@ -26,9 +25,10 @@ class RandomLayer:
     Products nearly keep the variance of what they multiply, so that no chain leaves the range of float32.
     """
 
-    def __init__(self, in_features: int, out_features: int, seed: int = 0) -> None:
+    def __init__(self, in_features: int, out_features: int, pattern: NMPattern, seed: int = 0) -> None:
         self.in_features = in_features
         self.out_features = out_features
+        self.pattern = pattern
         self._random = np.random.default_rng(seed)
 
     def tensor(self, name: str) -> tuple[Array, int]:
@@ -39,7 +39,7 @@ class RandomLayer:
         if form == "nbits":
             return self._nbits(part), 0
         if name == "codes":
-            return pack_fields(self._ranks, PATTERN.code_bits), 0
+            return pack_fields(self._ranks, self.pattern.code_bits), 0
         if name == "bitmap":
             return np.packbits(self._kept, axis=-1, bitorder="little"), 0
         if name == "outlier_positions":
@@ -54,8 +54,9 @@ class RandomLayer:
 
         Of a thousand layers, either alone would lead the other out of the range of float32.
         """
-        with_outliers = PATTERN.density + OUTLIERS.k / OUTLIERS.block
-        return (self.in_features * (PATTERN.density * with_outliers) ** 0.5) ** -0.5
+        density = self.pattern.density
+        with_outliers = density + OUTLIERS.k / OUTLIERS.block
+        return (self.in_features * (density * with_outliers) ** 0.5) ** -0.5
 
     def _normal(self, shape: tuple[int, ...], deviation: float) -> npt.NDArray[np.float32]:
         values = self._random.standard_normal(shape, dtype=np.float32)
@@ -64,13 +65,12 @@ class RandomLayer:
 
     @cached_property
     def _ranks(self) -> npt.NDArray[np.int64]:
-        shape = (self.out_features, PATTERN.groups(self.in_features))
-        return self._random.integers(0, math.comb(PATTERN.m, PATTERN.n), shape)
+        shape = (self.out_features, self.pattern.groups(self.in_features))
+        return self._random.integers(0, math.comb(self.pattern.m, self.pattern.n), shape)
 
     @cached_property
     def _kept(self) -> npt.NDArray[np.bool_]:
-        masks = unrank_masks(np.arange(math.comb(PATTERN.m, PATTERN.n)), PATTERN)
-        return masks[self._ranks].reshape(self.out_features, -1)
+        return unrank_masks(self._ranks, self.pattern).reshape(self.out_features, -1)
 
     @cached_property
     def _outlier_columns(self) -> npt.NDArray[np.int64]:
