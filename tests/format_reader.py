@@ -64,10 +64,10 @@ def float_values(bits, dtype):
     return (bits.view("<u2").astype(np.uint32) << 16).view(np.float32)  # bfloat16: the upper half of a float32
 
 
-def int4_values(row, count):
+def int4_values(row, count, chunk_size):
     values = []
     while len(values) < count:
-        chunk = min(64, count - len(values))
+        chunk = min(chunk_size, count - len(values))
         half = (chunk + 1) // 2
         data, row = row[:half], row[half:]
         values += ([int(byte) & 15 for byte in data] + [int(byte) >> 4 for byte in data])[:chunk]
@@ -89,7 +89,7 @@ def read_weight(tensors, in_features, settings):
         bits = (total - 1).bit_length()
     for r in range(rows):
         if settings["weight_dtype"] == "int4":
-            values = int4_values(tensors["values"][r], count).astype(np.float32)
+            values = int4_values(tensors["values"][r], count, 64 if n == m else 128 * n // m).astype(np.float32)
         elif settings["weight_dtype"] == "int8":
             values = tensors["values"][r].astype(np.float32) - 128
         else:

@@ -49,14 +49,17 @@ def test_positions_survive_the_round_trip(seed, pattern, positions, groups):
     assert (decode_positions(packed, pattern, positions, groups) == mask).all()
 
 
-@given(st.integers(1, 200), st.sampled_from(["int8", "int4"]))
+@given(
+    st.integers(1, 300), st.sampled_from(["int8", "int4"]), st.sampled_from(["8:16", "11:16", "1:4", "31:32", "4:4"])
+)
 @settings(deadline=None)
-def test_integers_survive_the_round_trip(count, dtype):
+def test_integers_survive_the_round_trip(count, dtype, pattern):
     low, high = {"int8": (-128, 127), "int4": (-8, 7)}[dtype]
     q = torch.randint(low, high + 1, (3, count), generator=torch.Generator().manual_seed(count))
-    packed = pack_integers(q, dtype)
+    pattern = NMPattern.parse(pattern)
+    packed = pack_integers(q, dtype, pattern)
     assert packed.shape[1] == (count if dtype == "int8" else (count + 1) // 2)
-    assert torch.equal(unpack_integers(packed, dtype, count).long(), q)
+    assert torch.equal(unpack_integers(packed, dtype, count, pattern).long(), q)
 
 
 @pytest.mark.parametrize("outliers", [None, "16:256", "5:96"])

@@ -178,8 +178,9 @@ class PackedWeight {
       }
       default: {
         const int q = nonzero ? Uniform(-8, 7) : 0;
-        const int64_t chunk = index / 64 * 64;
-        const int64_t length = row_values_ - chunk < 64 ? row_values_ - chunk : 64;
+        const int64_t size = shape.n == shape.m ? 64 : 128 / shape.m * shape.n;
+        const int64_t chunk = index / size * size;
+        const int64_t length = row_values_ - chunk < size ? row_values_ - chunk : size;
         const int64_t half = (length + 1) / 2;
         const int64_t i = index - chunk;
         at[chunk / 2 + (i < half ? i : i - half)] |= static_cast<uint8_t>(i < half ? q + 8 : (q + 8) << 4);

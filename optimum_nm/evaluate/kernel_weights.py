@@ -96,7 +96,7 @@ class RandomLayer:
             largest = LARGEST[dtype]
             q = self._random.integers(-largest, largest + 1, shape, dtype=np.int16)
             q[self._under_outliers] = 0
-            return pack_integers(torch.from_numpy(q), dtype).numpy()
+            return pack_integers(torch.from_numpy(q), dtype, self.pattern).numpy()
         values = self._normal(shape, self._deviation)
         values[self._under_outliers] = 0
         return torch.from_numpy(values).to(getattr(torch, dtype)).view(torch.uint8).numpy()

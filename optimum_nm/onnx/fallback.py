@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ..config import INTEGER_DTYPES
 from ..errors import NMError
 from ..packing.codes import unrank_masks
-from ..packing.values import INT4_CHUNK, OFFSET
+from ..packing.values import OFFSET
 from ..patterns import GROUP_WIDTHS, NMPattern
 from .operator import ATTRIBUTE_TYPES, DOMAIN, INPUT_NAMES, OPERATOR, SWIGLU, VERSION, is_matmul_nm
 from .swiglu import swiglu_function
@@ -275,7 +275,7 @@ class _Unpack:
         count = body.node("Where", dense, self.columns, body.node("Mul", self.groups, self.n))
         place = body.count_to(count)
         if "int4" in integers:
-            values = self._halves(values, count, place)
+            values = self._halves(values, count, place, dense)
         for dtype in integers:
             offset = body.constant([OFFSET[dtype]], np.float32)
             if len(self.dtypes) > 1:
@@ -286,19 +286,21 @@ class _Unpack:
         column = body.node("Where", dense, place, group_start)
         return body.node("Mul", values, self._scales(column))
 
-    def _halves(self, stored: str, count: str, place: str) -> str:
+    def _halves(self, stored: str, count: str, place: str, dense: str) -> str:
         """Half bytes of int4 weights in the order of the values; other weights as they are.
 
-        A chunk of c ≤ 64 values takes ⌈c/2⌉ bytes; its first ⌈c/2⌉ values are the low half bytes, the rest the high.
+        A chunk of c values takes ⌈c/2⌉ bytes; its first ⌈c/2⌉ values are the low half bytes, the rest the high.
         """
         body = self.body
-        two, chunk_size = body.constant([2]), body.constant([INT4_CHUNK])
+        two = body.constant([2])
+        of_columns = body.node("Mul", body.node("Div", body.constant([128]), self.m), self.n)
+        chunk_size = body.node("Where", dense, body.constant([64]), of_columns)
         chunk = body.node("Div", place, chunk_size)
         within = body.node("Mod", place, chunk_size)
         following = body.node("Sub", count, body.node("Mul", chunk, chunk_size))
         half = body.ceil_div(body.node("Min", following, chunk_size), two)
         high = body.cast(body.node("GreaterOrEqual", within, half), TensorProto.INT64)
-        first_byte = body.node("Mul", chunk, body.constant([INT4_CHUNK // 2]))
+        first_byte = body.node("Mul", chunk, body.node("Div", chunk_size, two))
         byte = body.node("Add", first_byte, body.node("Sub", within, body.node("Mul", half, high)))
         # the high half bytes stand behind all low ones
         byte_count = body.node("Slice", body.node("Shape", stored), body.constant([1]), two)

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..config import INTEGER_DTYPES, LayerConfig
-from ..packing.values import INT4_CHUNK, OFFSET
+from ..packing.values import OFFSET, int4_chunk
 
 
 def look_up_rows(
@@ -34,7 +34,9 @@ def look_up_rows(
         low = rows.node("Mod", looked_up, rows.constant("sixteen", np.array(16, np.uint8)))
         high = rows.node("BitShift", looked_up, rows.constant("four", np.array(4, np.uint8)), direction="RIGHT")
         halves = rows.node("Concat", low, high, axis=-1)
-        looked_up = rows.node("Gather", halves, rows.constant("columns", _int4_columns(width)), axis=-1)
+        looked_up = rows.node(
+            "Gather", halves, rows.constant("columns", _int4_columns(width, int4_chunk(config.pattern))), axis=-1
+        )
     integers = rows.node("Cast", looked_up, to=TensorProto.FLOAT)
     offset = rows.constant("offset", np.array(OFFSET[config.weight_dtype], np.float32))
     centred = rows.node("Sub", integers, offset)
@@ -63,12 +65,12 @@ class _Rows:
         return self.constants[-1].name
 
 
-def _int4_columns(width: int) -> npt.NDArray[np.int64]:
+def _int4_columns(width: int, chunk: int) -> npt.NDArray[np.int64]:
     """Where each column's four bits are among a row's low halves of bytes, followed by its high halves."""
     places = np.empty(width, np.int64)
     row_bytes, begin = (width + 1) // 2, 0
-    for first in range(0, width, INT4_CHUNK):
-        count = min(INT4_CHUNK, width - first)
+    for first in range(0, width, chunk):
+        count = min(chunk, width - first)
         half = (count + 1) // 2
         places[first : first + half] = begin + np.arange(half)
         places[first + half : first + count] = row_bytes + begin + np.arange(count - half)

@@ -57,7 +57,7 @@ def pack_rows(
 
     if config.weight_dtype in INTEGER_DTYPES:
         q, scales = quantize(base, config.weight_dtype, config.group_size, column_weight, scales)
-        tensors["values"] = pack_integers(stored(q), config.weight_dtype)
+        tensors["values"] = pack_integers(stored(q), config.weight_dtype, config.pattern)
         tensors["scales"] = scales.view(torch.int16)
     else:
         tensors["values"] = to_float_bits(stored(base), FLOAT_DTYPES[config.weight_dtype])

@@ -252,8 +252,9 @@ class PackedWeight:
         """Stored values `[out_features, stored]` in float32, before scales."""
         values = self.tensors["values"]
         if self.config.weight_dtype in INTEGER_DTYPES:
-            count = self.config.pattern.stored_values(self.in_features)
-            return unpack_integers(values, self.config.weight_dtype, count).float()
+            pattern = self.config.pattern
+            count = pattern.stored_values(self.in_features)
+            return unpack_integers(values, self.config.weight_dtype, count, pattern).float()
         return values.view(FLOAT_DTYPES[self.config.weight_dtype]).float()
 
     def _expand(self, values: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..errors import NMError
+from ..patterns import NMPattern
 
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BIT_VIEWS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 LARGEST = {"int8": 127, "int4": 7}  # of positive q; the negative side reaches one further
 OFFSET = {"int8": 128, "int4": 8}  # stored is q + offset
-INT4_CHUNK = 64
 _CLIP_RATIOS = tuple(1 - 0.025 * step for step in range(13))  # 1 … 0.7
 _SMALLEST_SCALE = 2.0**-24  # smallest positive float16
 
@@ -116,15 +116,20 @@ def _best_scales(groups: Tensor, candidates: list[Tensor], importance: Tensor, d
     return best_scale
 
 
-def pack_integers(q: Tensor, dtype: str) -> Tensor:
-    """Offset-binary bytes of integers `[rows, count]`; int4 two a byte, in chunks of 64 (docs/format.md)."""
+def int4_chunk(pattern: NMPattern) -> int:
+    """Values whose low halves of bytes precede their high halves: those of 128 columns; 64 where all are kept."""
+    return 64 if pattern.is_dense else 128 // pattern.m * pattern.n
+
+
+def pack_integers(q: Tensor, dtype: str, pattern: NMPattern) -> Tensor:
+    """Offset-binary bytes of integers `[rows, count]`; int4 two a byte, in chunks (docs/format.md)."""
     stored = (q.to(torch.int16) + OFFSET[dtype]).to(torch.uint8)
     if dtype == "int8":
         return stored
-    count = stored.shape[1]
-    full = count // INT4_CHUNK * INT4_CHUNK
+    count, size = stored.shape[1], int4_chunk(pattern)
+    full = count // size * size
     parts = []
-    for chunk in (stored[:, :full].reshape(len(stored), -1, INT4_CHUNK), stored[:, full:].unsqueeze(1)):
+    for chunk in (stored[:, :full].reshape(len(stored), -1, size), stored[:, full:].unsqueeze(1)):
         if chunk.shape[-1] % 2:
             chunk = torch.nn.functional.pad(chunk, (0, 1), value=OFFSET[dtype])
         low, high = chunk.split(chunk.shape[-1] // 2, dim=-1) if chunk.shape[-1] else (chunk, chunk)
@@ -132,11 +137,12 @@ def pack_integers(q: Tensor, dtype: str) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def unpack_integers(packed: Tensor, dtype: str, count: int) -> Tensor:
+def unpack_integers(packed: Tensor, dtype: str, count: int, pattern: NMPattern) -> Tensor:
     """The inverse of `pack_integers`: int16 `[rows, count]`."""
     if dtype == "int4":
-        rows, full = len(packed), count // INT4_CHUNK * INT4_CHUNK
-        chunks = packed[:, : full // 2].reshape(rows, -1, INT4_CHUNK // 2)
+        rows, size = len(packed), int4_chunk(pattern)
+        full = count // size * size
+        chunks = packed[:, : full // 2].reshape(rows, -1, size // 2)
         tail = packed[:, full // 2 :].unsqueeze(1)
         packed = torch.cat([torch.cat([c & 15, c >> 4], dim=-1).reshape(rows, -1) for c in (chunks, tail)], dim=1)
     return packed[:, :count].to(torch.int16) - OFFSET[dtype]

@@ -17,16 +17,24 @@ inline int64_t SignedValuesBytes(const Layout& l) { return RoundUp(l.row_values,
 
 inline __m256i SignedOfInt8(__m256i stored) { return _mm256_xor_si256(stored, _mm256_set1_epi8(-128)); }
 
-// A chunk of int4 values, at most 64 and at most as many as there are; `half` bytes of it.
+// A chunk of int4 values, at most as many as there are; `half` bytes of it.
 inline void UnpackInt4Chunk(const uint8_t* chunk, int64_t half, uint8_t* values) {
-  for (int64_t i = 0; i < half; ++i) {
+  int64_t i = 0;
+  for (; half >= 16 && i < half; i += 16) {
+    i = Min(i, half - 16);
+    const __m128i packed = Load128(chunk + i), low_bits = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    const __m128i low = _mm_and_si128(packed, low_bits), high = _mm_and_si128(_mm_srli_epi16(packed, 4), low_bits);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i), _mm_sub_epi8(low, eight));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(values + half + i), _mm_sub_epi8(high, eight));
+  }
+  for (; i < half; ++i) {
     values[i] = static_cast<uint8_t>((chunk[i] & 15) - 8);
     values[i + half] = static_cast<uint8_t>((chunk[i] >> 4) - 8);
   }
 }
 
-// Values first … last-1 of an output row, of a type of integers, as signed bytes; first is a multiple of 64. Writes up
-// to one byte past the last.
+// Values first … last-1 of an output row, of a type of integers, as signed bytes; first is a multiple of int4_chunk.
+// Writes up to one byte past the last.
 inline void UnpackSigned(const Layout& l, const uint8_t* row, int64_t first, int64_t last, uint8_t* values) {
   int64_t i = first;
   if (l.dtype == NM_INT8) {
@@ -34,20 +42,9 @@ inline void UnpackSigned(const Layout& l, const uint8_t* row, int64_t first, int
     for (; i < last; ++i) *values++ = row[i] ^ 0x80;
     return;
   }
-  const __m256i low_bits = _mm256_set1_epi8(15);
-  const __m256i eight = _mm256_set1_epi8(8);
-  for (; i + kInt4Chunk <= last; i += kInt4Chunk, values += kInt4Chunk) {
-    const __m256i packed = Load256(row + i / 2);
-    Store256(values, _mm256_sub_epi8(_mm256_and_si256(packed, low_bits), eight));
-    Store256(values + 32, _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(packed, 4), low_bits), eight));
+  for (; i < last; i += l.int4_chunk, values += l.int4_chunk) {
+    UnpackInt4Chunk(row + i / 2, (Min(l.int4_chunk, last - i) + 1) / 2, values);
   }
-  if (last - i == kInt4Chunk / 2) {  // columns that are a multiple of 64, half of them kept
-    const __m128i packed = Load128(row + i / 2);
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
-    Store256(values, _mm256_sub_epi8(_mm256_and_si256(both, low_bits), eight));
-    return;
-  }
-  if (i < last) UnpackInt4Chunk(row + i / 2, (last - i + 1) / 2, values);
 }
 
 // An output row of integers as signed bytes, pruned columns zero. values is scratch of SignedValuesBytes.

@@ -1,6 +1,7 @@
 // AVX2 kernels for many activation rows in float32 arithmetic. The kept weights of a few outputs and a chunk of columns
 // become lists of (value, offset), once for all rows; each list then walks a slice of a panel that stays in the
 // first-level cache. Only the multiplications of kept weights are done.
+#include "avx2_expand.h"
 #include "avx2_panels.h"
 
 namespace nm {
@@ -30,7 +31,7 @@ void Pack(const Layout& l, const float* a, int64_t first, int64_t count, int64_t
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Stored values as floats, eight at a time.
+// Stored values as floats, eight at a time; int4 once it is unpacked to signed bytes.
 
 template <int dtype>
 __m256 LoadFloats(const uint8_t* v) {
@@ -39,8 +40,9 @@ __m256 LoadFloats(const uint8_t* v) {
   if constexpr (dtype == NM_BFLOAT16) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(Load128(v)), 16));
   }
-  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(Load64(v))));
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(bytes, _mm256_set1_epi32(dtype == NM_INT8 ? 128 : 8)));
+  __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(Load64(v)));
+  if constexpr (dtype == NM_INT8) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
 
 template <int dtype>
@@ -68,11 +70,10 @@ template <int dtype>
 void RowValues(const Layout& l, int64_t output, int64_t first, int64_t count, float* floats) {
   const uint8_t* values = l.values + output * l.value_bytes;
   if constexpr (dtype == NM_INT4) {
-    uint8_t bytes[kWideSlice + 2 * kInt4Chunk];
-    const int64_t chunk = first / kInt4Chunk;
-    const int64_t skipped = first - chunk * kInt4Chunk;
-    for (int64_t i = 0; i < skipped + count; i += kInt4Chunk) UnpackInt4(l, values, chunk + i / kInt4Chunk, bytes + i);
-    ConvertValues<dtype>(bytes + skipped, count, RoundUp(count, kLanes), floats);
+    uint8_t bytes[kWideSlice + 2 * kLargestInt4Chunk];
+    const int64_t start = first / l.int4_chunk * l.int4_chunk;
+    UnpackSigned(l, values, start, Min(RoundUp(first + count, l.int4_chunk), l.row_values), bytes);
+    ConvertValues<dtype>(bytes + first - start, count, RoundUp(count, kLanes), floats);
   } else {
     ConvertValues<dtype>(values + first * kValueBytes<dtype>, count, l.row_values - first, floats);
   }

@@ -165,8 +165,9 @@ class Unpacker {
   void AnyValues(int64_t output, uint8_t* weights) const {
     const uint8_t* row = layout_.values + output * layout_.value_bytes;
     memset(weights, 0, kUnpacked);
-    const int64_t chunk_start = dtype == NM_INT4 ? first_value_ / kInt4Chunk * kInt4Chunk : first_value_;
-    alignas(32) uint8_t stored[kStepColumns + 2 * kInt4Chunk];
+    const int64_t chunk_start =
+        dtype == NM_INT4 ? first_value_ / layout_.int4_chunk * layout_.int4_chunk : first_value_;
+    alignas(32) uint8_t stored[kStepColumns + 2 * kLargestInt4Chunk];
     UnpackSigned(layout_, row, chunk_start, chunk_start + Needed(chunk_start), stored);
     memcpy(weights, stored + first_value_ - chunk_start, static_cast<size_t>(values_));
   }
@@ -174,7 +175,7 @@ class Unpacker {
   // Values from the start of a chunk that contain those of the step: whole chunks of int4.
   int64_t Needed(int64_t chunk_start) const {
     const int64_t last = first_value_ + values_;
-    return Min(dtype == NM_INT4 ? RoundUp(last, kInt4Chunk) : last, layout_.row_values) - chunk_start;
+    return Min(dtype == NM_INT4 ? RoundUp(last, layout_.int4_chunk) : last, layout_.row_values) - chunk_start;
   }
 
   float Scale(int64_t output, int64_t i) const { return ScaleOf(layout_, output, groups_[i]); }

@@ -165,19 +165,6 @@ inline void AppendOutliers(const Layout& l, int64_t output, int64_t first, int64
   }
 }
 
-// Values of an int4 row from value 64·chunk to the end of that chunk, one a byte, still offset by 8.
-inline void UnpackInt4(const Layout& l, const uint8_t* values, int64_t chunk, uint8_t* bytes) {
-  const int64_t length = Min(kInt4Chunk, l.row_values - chunk * kInt4Chunk);
-  const int64_t half = (length + 1) / 2;
-  alignas(32) uint8_t rest[kInt4Chunk / 2] = {};
-  const uint8_t* from = values + chunk * (kInt4Chunk / 2);
-  if (length < kInt4Chunk) from = static_cast<const uint8_t*>(memcpy(rest, from, static_cast<size_t>(half)));
-  const __m256i packed = Load256(from);
-  const __m256i low_bits = _mm256_set1_epi8(15);
-  Store256(bytes, _mm256_and_si256(packed, low_bits));
-  Store256(bytes + half, _mm256_and_si256(_mm256_srli_epi16(packed, 4), low_bits));
-}
-
 using AccumulateFunction = void (*)(const WeightList&, const float*, float*);
 
 inline AccumulateFunction AccumulateOf(int64_t vectors) {

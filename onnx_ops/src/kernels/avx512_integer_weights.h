@@ -37,34 +37,22 @@ struct Int8 {
   }
 };
 
-// Where int4 values i, i + 1 … of two chunks are, in 64 bytes: lane by lane the byte, and by how much every two lanes
-// are to be shifted. An even i has both of a pair in the same halves of their bytes.
-struct NibbleTable {
-  alignas(64) uint8_t bytes[2 * kInt4Chunk];
-  alignas(64) uint8_t shifts[2 * kInt4Chunk];
-};
-constexpr NibbleTable MakeNibbleTable() {
-  NibbleTable table = {};
-  for (int i = 0; i < 2 * kInt4Chunk; ++i) {
-    table.bytes[i] = static_cast<uint8_t>(i / kInt4Chunk * (kInt4Chunk / 2) + i % (kInt4Chunk / 2));
-    table.shifts[i] = i % 2 == 0 && i % kInt4Chunk >= kInt4Chunk / 2 ? 4 : 0;
-  }
-  return table;
-}
-constexpr NibbleTable kNibbles = MakeNibbleTable();
-
 template <Density density>
 struct Int4 {
   static constexpr Density kDensity = density;
   static int64_t WholeSteps(const Layout& l, int64_t step_values) {
-    const int64_t chunks = l.row_values / kInt4Chunk;
-    if constexpr (density != Density::kGeneral) return chunks * kInt4Chunk / step_values;
-    return chunks < 2 ? 0 : ((chunks - 1) * kInt4Chunk + step_values - 1) / step_values;  // of any two chunks
+    return l.row_values / l.int4_chunk * (l.int4_chunk / step_values);
   }
   static const uint8_t* Address(const uint8_t* row, int64_t step, int64_t step_values) {
     return row + step * step_values / 2;
   }
-  static void Fetch(const uint8_t* values) { Prefetch(values); }
+  static void Fetch(const uint8_t* values) {
+    if constexpr (density != Density::kHalf) {
+      PrefetchFar(values);
+    } else {
+      Prefetch(values);
+    }
+  }
   static __m512i Load(const uint8_t* row, int64_t step, uint64_t mask, int64_t step_values, __m512i offset) {
     const __m256i low_bits = _mm256_set1_epi8(15);
     const __mmask64 k = mask;
@@ -73,15 +61,14 @@ struct Int4 {
       return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, low_bits)),
                                 _mm256_and_si256(_mm256_srli_epi16(packed, 4), low_bits), 1);
     }
+    // A chunk holds the values of an even step in its low halves and of the odd one after it in its high halves.
+    const uint8_t* chunk = row + step / 2 * step_values;
     if constexpr (density == Density::kGeneral) {
-      const int64_t first = step * step_values;
-      const __m512i chunks = _mm512_loadu_si512(row + first / kInt4Chunk * (kInt4Chunk / 2));
-      const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(kNibbles.bytes + first % kInt4Chunk), chunks);
-      const __m512i halves = _mm512_srlv_epi16(bytes, _mm512_loadu_si512(kNibbles.shifts + first % kInt4Chunk));
+      const __m512i packed = _mm512_maskz_loadu_epi8(LowMask(step_values), chunk);
+      const __m512i halves = step % 2 == 0 ? packed : _mm512_srli_epi16(packed, 4);
       return _mm512_mask_expand_epi8(offset, k, _mm512_and_si512(halves, _mm512_set1_epi8(15)));
     }
-    // 32 bytes hold the values of an even step in their low halves and of the odd one after it in their high halves.
-    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 32 * (step / 2)));
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk));
     const __m256i halves = step % 2 == 0 ? packed : _mm256_srli_epi16(packed, 4);
     return _mm512_mask_expand_epi8(offset, k, _mm512_castsi256_si512(_mm256_and_si256(halves, low_bits)));
   }
@@ -94,14 +81,13 @@ struct Int4 {
   }
 };
 
-// The stored values of an output row, and from a copy of one value a byte those behind its whole steps: at most two
-// steps, or of int4 in a general pattern what three chunks hold.
+// The stored values of an output row, and from a copy of one value a byte those behind its whole steps.
 struct IntegerValues {
   const uint8_t* values;
   const uint8_t* rest;
 };
 
-constexpr int64_t kIntegerCopyBytes = 3 * kInt4Chunk + kStep;
+constexpr int64_t kIntegerCopyBytes = 4 * kStep;  // what two of them store, and as much as is loaded from its end on
 
 // Finds and loads them.
 template <class Weights, class Rest>
@@ -125,10 +111,10 @@ struct IntegerReader {
     if (whole_steps == steps) return {values, nullptr};
     const int64_t first = whole_steps * step_values;
     if (layout.dtype == NM_INT4) {
-      UnpackInt4Tail(layout, values, first / kInt4Chunk * kInt4Chunk, copy);
-      return {values, copy + first % kInt4Chunk};
+      UnpackInt4Tail(layout, values, first, copy);
+    } else {
+      memcpy(copy, values + first, static_cast<size_t>(layout.row_values - first));
     }
-    memcpy(copy, values + first, static_cast<size_t>(layout.row_values - first));
     return {values, copy};
   }
 

@@ -117,8 +117,8 @@ struct WholeRows {
 
   // Step + i of an even step, whose int4 values share their bytes where half is kept.
   __m512i LoadOfPair(const IntegerValues& values, int64_t step, int i, uint64_t mask) const {
-    if constexpr (!kHalf) return reader.LoadInPlace(values, step + i, mask);
-    return Weights::Load(reader.Address(values, step), i, mask, kStep / 2, reader.offset);
+    return Weights::Load(reader.Address(values, step), i, mask, StepValues<Weights::kDensity>(reader.step_values),
+                         reader.offset);
   }
 
   // Behind the plain steps.

@@ -125,6 +125,7 @@ int MakeLayout(const nm_weight& w, Layout* layout, char* message, size_t message
   l.code_bits = l.dense ? 0 : l.bitmap ? l.m : CodeBits(l.n, l.m);
   l.groups = CeilDiv(l.in_features, l.m);
   l.row_values = l.dense ? l.in_features : l.groups * l.n;
+  l.int4_chunk = l.dense ? 64 : 128 * l.n / l.m;
   l.scale_columns = !IsInteger(l.dtype) || w.group_size == -1 ? l.in_features : w.group_size;
   l.row_scales = IsInteger(l.dtype) ? CeilDiv(l.in_features, l.scale_columns) : 0;
   if (w.outlier_k > 0) {

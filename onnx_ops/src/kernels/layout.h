@@ -10,7 +10,7 @@
 namespace nm {
 
 constexpr int kLargestOutlierBlock = 256;
-constexpr int kInt4Chunk = 64;  // values of an int4 row whose low halves precede their high halves
+constexpr int kLargestInt4Chunk = 124;  // 31:32
 
 struct Layout {
   int64_t in_features;
@@ -23,6 +23,7 @@ struct Layout {
   int code_bits;          // of one group's field in positions; 0 when dense
   int64_t groups;         // of m columns, in a row
   int64_t row_values;     // stored values of a row
+  int64_t int4_chunk;     // values of an int4 row whose low halves precede their high halves: of 128 columns; dense 64
   int64_t scale_columns;  // columns under one scale; at least in_features when a row has a single scale
   int64_t row_scales;     // 0 for floating-point values
   int outlier_k;

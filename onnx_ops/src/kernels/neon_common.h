@@ -196,7 +196,7 @@ inline float ScaleOf(const Layout& l, int64_t output, int64_t index) {
   return HalfAt(l.scales + 2 * (output * l.row_scales + index)) * (l.dtype == NM_INT4 ? 0x1p-4f : 1.0f);
 }
 
-// A chunk of int4 values, at most 64 and at most as many as there are; `half` bytes of it.
+// A chunk of int4 values, at most as many as there are; `half` bytes of it.
 inline void UnpackInt4Chunk(const uint8_t* chunk, int64_t half, uint8_t* values) {
   int64_t i = 0;
   for (; i + 16 <= half; i += 16) {
@@ -211,12 +211,12 @@ inline void UnpackInt4Chunk(const uint8_t* chunk, int64_t half, uint8_t* values)
   }
 }
 
-// Values first … last-1 of an output row; first is a multiple of 64. Writes up to one byte past the last.
+// Values first … last-1 of an output row; first is a multiple of int4_chunk. Writes up to one byte past the last.
 inline void UnpackSigned(const Layout& l, const uint8_t* row, int64_t first, int64_t last, uint8_t* values) {
   int64_t i = first;
   if (l.dtype == NM_INT4) {
-    for (; i < last; i += kInt4Chunk, values += kInt4Chunk) {
-      UnpackInt4Chunk(row + i / 2, (Min(kInt4Chunk, last - i) + 1) / 2, values);
+    for (; i < last; i += l.int4_chunk, values += l.int4_chunk) {
+      UnpackInt4Chunk(row + i / 2, (Min(l.int4_chunk, last - i) + 1) / 2, values);
     }
     return;
   }

@@ -21,13 +21,12 @@ uint32_t Load32(const uint8_t* source) {
 }
 
 // Stored value `index` of an int4 row.
-float Int4Value(const uint8_t* values, int64_t index, int64_t row_values) {
-  const int64_t chunk = index / kInt4Chunk;
-  const int64_t first = chunk * kInt4Chunk;
-  const int64_t length = row_values - first < kInt4Chunk ? row_values - first : kInt4Chunk;
+float Int4Value(const Layout& l, const uint8_t* values, int64_t index) {
+  const int64_t first = index / l.int4_chunk * l.int4_chunk;
+  const int64_t length = l.row_values - first < l.int4_chunk ? l.row_values - first : l.int4_chunk;
   const int64_t half = (length + 1) / 2;
   const int64_t at = index - first;
-  const uint8_t byte = values[chunk * (kInt4Chunk / 2) + (at < half ? at : at - half)];
+  const uint8_t byte = values[first / 2 + (at < half ? at : at - half)];
   return static_cast<float>((at < half ? byte & 15 : byte >> 4) - 8);
 }
 
@@ -42,7 +41,7 @@ float StoredValue(const Layout& l, const uint8_t* values, int64_t index) {
     case NM_INT8:
       return static_cast<float>(values[index] - 128);
     default:
-      return Int4Value(values, index, l.row_values);
+      return Int4Value(l, values, index);
   }
 }
 

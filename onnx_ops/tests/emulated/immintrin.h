@@ -39,9 +39,6 @@ inline void _mm_store_si128(void* p, const __m128i& v) {
 inline __m256 _mm256_loadu_ps(const void* p) { return nm_emulated::Load<__m256>(p); }
 inline __m128i _mm_loadu_si128(const void* p) { return nm_emulated::Load<__m128i>(p); }
 inline __m256i _mm256_loadu_si256(const void* p) { return nm_emulated::Load<__m256i>(p); }
-inline __m256i _mm256_maskz_loadu_epi8(__mmask32 k, const void* p) {
-  return nm_emulated::LoadMasked<__m256i, uint8_t>(k, p);
-}
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
   return nm_emulated::LoadMasked<__m256i, uint16_t>(k, p);
 }
@@ -212,16 +209,13 @@ inline __m512i _mm512_permutex2var_epi32(const __m512i& a, const __m512i& index,
 inline __m256i _mm256_and_si256(const __m256i& a, const __m256i& b) {
   return nm_emulated::Map<uint64_t>([](uint64_t x, uint64_t y) { return x & y; }, a, b);
 }
-inline __m512i _mm512_permutexvar_epi8(const __m512i& index, const __m512i& a) {
-  return nm_emulated::Map<uint8_t>([&](uint8_t i) { return nm_emulated::Get<uint8_t>(a, i & 63); }, index);
-}
-inline __m512i _mm512_srlv_epi16(const __m512i& a, const __m512i& counts) {
-  return nm_emulated::Map<uint16_t>([](uint16_t x, uint16_t count) { return count < 16 ? x >> count : 0; }, a, counts);
-}
 inline __m128i _mm_srli_epi16(const __m128i& a, int count) {
   return nm_emulated::Map<uint16_t>([=](uint16_t x) { return count > 15 ? 0 : x >> count; }, a);
 }
 inline __m256i _mm256_srli_epi16(const __m256i& a, int count) {
+  return nm_emulated::Map<uint16_t>([=](uint16_t x) { return count > 15 ? 0 : x >> count; }, a);
+}
+inline __m512i _mm512_srli_epi16(const __m512i& a, unsigned count) {
   return nm_emulated::Map<uint16_t>([=](uint16_t x) { return count > 15 ? 0 : x >> count; }, a);
 }
 inline __m512i _mm512_and_si512(const __m512i& a, const __m512i& b) {
