@@ -21,11 +21,13 @@ def test_demo(tiny_llama_folder, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "smollm2", lambda: (model, None))
     monkeypatch.setattr(demo, "wikipedia_articles", lambda: ([text[:20000]], [text[20000:]]))
     monkeypatch.setattr(demo, "WINDOW", 64)
+    format_options = ["--pattern", "8:16", "--outliers", "16:256"]
     quick = ["--samples", "2", "--windows", "2", "--rounds", "1", "--threads", "1", "--dense", "float32", "int4"]
-    demo.main(["--output", str(tmp_path / "demo"), *quick])
+    demo.main(["--output", str(tmp_path / "demo"), *format_options, *quick])
 
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["config"]["pattern"] == "8:16" and report["config"]["outliers"] == "16:256"
+    assert "sparse-int4-8x16-16x256" in [path.name for path in (tmp_path / "demo").iterdir()]
     assert len(report["speed"]["models"]) == len(report["perplexity"]) == 3
     assert [result["tokens"] for result in report["perplexity"]] == [2 * 64] * 3
     page = (tmp_path / "demo" / "report.md").read_text()
