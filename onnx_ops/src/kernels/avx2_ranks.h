@@ -1,5 +1,4 @@
-// Integer weights of bitmaps that keep half of the columns, expanded in registers: the columns are ranked by arithmetic
-// instead of looked up.
+// Integer weights of bitmaps, expanded in registers: the columns are ranked by arithmetic instead of looked up.
 #ifndef NM_KERNELS_AVX2_RANKS_H_
 #define NM_KERNELS_AVX2_RANKS_H_
 
@@ -9,9 +8,9 @@ namespace nm {
 namespace {
 
 // A pair of steps is eight blocks of 16 columns, each in four bytes of a vector: 0, 1, 4, 5 in its low lane, 2, 3, 6, 7
-// in the high one, so that either lane finds the values of its first two blocks and those of its last in one lane of
-// the stored ones. Vector i of four has columns i, 4 + i, 8 + i and 12 + i of every block. A lone step at the end of a
-// row has its blocks in the low lane.
+// in the high one, so that where half is kept either lane finds the values of its first two blocks and those of its
+// last in one lane of the stored ones. Vector i of four has columns i, 4 + i, 8 + i and 12 + i of every block. A lone
+// step at the end of a row has its blocks in the low lane.
 constexpr int kVectors = 4;
 
 // The halves of the bytes of a bitmap, four to a block.
@@ -49,7 +48,8 @@ struct HalfTables {
 };
 alignas(32) constexpr HalfTables kHalfTables;
 
-// Where the stored values have the one of every column: among the sixteen of two blocks.
+// Where the stored values have the one of every column: among those of its block, or among the sixteen of two blocks.
+template <bool two_blocks>
 NM_PIECE void RankColumns(__m256i halves, __m256i (&ranks)[kVectors]) {
   const __m256i counts = _mm256_shuffle_epi8(Load256(kHalfTables.counts), halves);
   const __m256i odd_blocks = _mm256_set1_epi64x(0x0808080800000000);
@@ -57,29 +57,24 @@ NM_PIECE void RankColumns(__m256i halves, __m256i (&ranks)[kVectors]) {
   // additions of the product.
   __m256i shifts = _mm256_set1_epi32(0x01010100);
   asm("" : "+x"(shifts));
-  const __m256i before = _mm256_add_epi8(_mm256_mullo_epi32(counts, shifts), odd_blocks);
+  __m256i before = _mm256_mullo_epi32(counts, shifts);
+  if constexpr (two_blocks) before = _mm256_add_epi8(before, odd_blocks);
   for (int i = 0; i < kVectors; ++i) {
     ranks[i] = _mm256_add_epi8(_mm256_shuffle_epi8(Load256(kHalfTables.ranks[i]), halves), before);
   }
 }
 
 // The kinds of stored values: those of a pair or a lone step, expanded to all columns, and times activations, whose
-// sums of each block are in a lane of 32 bits.
-struct Int4 {
-  static constexpr int kBytes = 32;        // of a pair
+// sums of each block are in a lane of 32 bits. Where other than half is kept, of `block_values`, each block is loaded
+// by itself, and sixteen bytes of it: up to 15 behind the row.
+struct Int4Products {
   static constexpr int64_t kMostRows = 8;  // from then on columns that are looked up once for all are faster
-  using Stored = __m256i;
-  static NM_PIECE Stored LoadPair(const uint8_t* v) { return Load256(v); }
-  static NM_PIECE Stored LoadLone(const uint8_t* v) { return _mm256_zextsi128_si256(Load128(v)); }
-  // Values plus 8, where pruned 8.
-  static NM_PIECE void Expand(const Stored& stored, const __m256i (&ranks)[kVectors], __m256i (&weights)[kVectors]) {
-    const __m256i signs = _mm256_xor_si256(stored, _mm256_set1_epi8(-120));
+  // Values plus 8, where pruned 8, of bytes that were looked up.
+  static NM_PIECE __m256i Weights(__m256i bytes) {
     const __m256i high_blocks = _mm256_setr_epi32(0, 0, 4, 4, 0, 0, 4, 4);
-    for (int i = 0; i < kVectors; ++i) {
-      const __m256i values = _mm256_srlv_epi32(_mm256_shuffle_epi8(signs, ranks[i]), high_blocks);
-      weights[i] = _mm256_xor_si256(LowHalves(values), _mm256_set1_epi8(8));
-    }
+    return _mm256_xor_si256(LowHalves(_mm256_srlv_epi32(bytes, high_blocks)), _mm256_set1_epi8(8));
   }
+  static NM_PIECE __m256i Signs(__m256i stored) { return _mm256_xor_si256(stored, _mm256_set1_epi8(-120)); }
   // The start takes 8 · a off.
   static NM_PIECE __m256i Multiply(const __m256i (&weights)[kVectors], const uint8_t* a) {
     __m256i sums = Load256(a + 32 * kVectors);
@@ -90,15 +85,59 @@ struct Int4 {
   }
 };
 
-struct Int8 {
-  static constexpr int kBytes = 64;
+struct Int4 : Int4Products {
+  static constexpr bool kHalf = true;
+  static constexpr int64_t PairBytes(int64_t) { return 32; }
+  using Stored = __m256i;
+  static NM_PIECE Stored LoadPair(const uint8_t* v, int64_t) { return Load256(v); }
+  static NM_PIECE Stored LoadLone(const uint8_t* v, int64_t) { return _mm256_zextsi128_si256(Load128(v)); }
+  static NM_PIECE void Expand(const Stored& stored, const __m256i (&ranks)[kVectors], __m256i (&weights)[kVectors]) {
+    const __m256i signs = Signs(stored);
+    for (int i = 0; i < kVectors; ++i) weights[i] = Weights(_mm256_shuffle_epi8(signs, ranks[i]));
+  }
+};
+
+struct AnyInt4 : Int4Products {
+  static constexpr bool kHalf = false;
+  static constexpr int64_t PairBytes(int64_t block_values) { return 4 * block_values; }
+  struct Stored {
+    __m256i even_blocks;
+    __m256i odd_blocks;
+  };
+  static NM_PIECE Stored LoadPair(const uint8_t* v, int64_t block_values) {
+    const uint8_t* third = v + 2 * block_values;
+    return {Lanes(Load128(v), Load128(third)), Lanes(Load128(v + block_values), Load128(third + block_values))};
+  }
+  static NM_PIECE Stored LoadLone(const uint8_t* v, int64_t block_values) {
+    return {_mm256_zextsi128_si256(Load128(v)), _mm256_zextsi128_si256(Load128(v + block_values))};
+  }
+  static NM_PIECE void Expand(const Stored& stored, const __m256i (&ranks)[kVectors], __m256i (&weights)[kVectors]) {
+    const __m256i even = Signs(stored.even_blocks), odd = Signs(stored.odd_blocks);
+    for (int i = 0; i < kVectors; ++i) {
+      const __m256i from_even = _mm256_shuffle_epi8(even, ranks[i]), from_odd = _mm256_shuffle_epi8(odd, ranks[i]);
+      weights[i] = Weights(_mm256_blend_epi32(from_even, from_odd, 0xaa));
+    }
+  }
+};
+
+struct Int8Products {
+  static NM_PIECE __m256i Multiply(const __m256i (&weights)[kVectors], const uint8_t* a) {
+    __m256i sums = _mm256_setzero_si256();
+    for (int i = 0; i < kVectors; ++i) sums = _mm256_add_epi32(sums, SignedProducts(weights[i], Load256(a + 32 * i)));
+    return sums;
+  }
+};
+
+struct Int8 : Int8Products {
+  static constexpr bool kHalf = true;
   static constexpr int64_t kMostRows = 1;  // for each row takes the signs of all columns' weights, pruned ones too
+  static constexpr int64_t PairBytes(int64_t) { return 64; }
   struct Stored {
     __m256i low_blocks;
     __m256i high_blocks;
   };
-  static NM_PIECE Stored LoadPair(const uint8_t* v) { return {Load256(v), Load256(v + 32)}; }
-  static NM_PIECE Stored LoadLone(const uint8_t* v) {
+  static NM_PIECE Stored LoadPair(const uint8_t* v, int64_t) { return {Load256(v), Load256(v + 32)}; }
+  static NM_PIECE Stored LoadLone(const uint8_t* v, int64_t) {
     return {_mm256_zextsi128_si256(Load128(v)), _mm256_zextsi128_si256(Load128(v + 16))};
   }
   static NM_PIECE void Expand(const Stored& stored, const __m256i (&ranks)[kVectors], __m256i (&weights)[kVectors]) {
@@ -107,10 +146,38 @@ struct Int8 {
       weights[i] = _mm256_blend_epi32(_mm256_shuffle_epi8(low, ranks[i]), _mm256_shuffle_epi8(high, ranks[i]), 0xcc);
     }
   }
-  static NM_PIECE __m256i Multiply(const __m256i (&weights)[kVectors], const uint8_t* a) {
-    __m256i sums = _mm256_setzero_si256();
-    for (int i = 0; i < kVectors; ++i) sums = _mm256_add_epi32(sums, SignedProducts(weights[i], Load256(a + 32 * i)));
-    return sums;
+};
+
+struct AnyInt8 : Int8Products {
+  static constexpr bool kHalf = false;
+  static constexpr int64_t kMostRows = 4;
+  static constexpr int64_t PairBytes(int64_t block_values) { return 8 * block_values; }
+  struct Stored {
+    __m256i of[4];  // the blocks of a lane, one by one
+  };
+  static NM_PIECE Stored LoadPair(const uint8_t* v, int64_t block_values) {
+    Stored stored;
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* low = v + (i < 2 ? i : i + 2) * block_values;
+      stored.of[i] = Lanes(Load128(low), Load128(low + 2 * block_values));
+    }
+    return stored;
+  }
+  static NM_PIECE Stored LoadLone(const uint8_t* v, int64_t block_values) {
+    Stored stored;
+    for (int i = 0; i < 4; ++i) stored.of[i] = _mm256_zextsi128_si256(Load128(v + i * block_values));
+    return stored;
+  }
+  static NM_PIECE void Expand(const Stored& stored, const __m256i (&ranks)[kVectors], __m256i (&weights)[kVectors]) {
+    __m256i blocks[4];
+    for (int b = 0; b < 4; ++b) blocks[b] = SignedOfInt8(stored.of[b]);
+    for (int i = 0; i < kVectors; ++i) {
+      __m256i found[4];
+      for (int b = 0; b < 4; ++b) found[b] = _mm256_shuffle_epi8(blocks[b], ranks[i]);
+      const __m256i first = _mm256_blend_epi32(found[0], found[1], 0xaa);
+      const __m256i last = _mm256_blend_epi32(found[2], found[3], 0xaa);
+      weights[i] = _mm256_blend_epi32(first, last, 0xcc);
+    }
   }
 };
 

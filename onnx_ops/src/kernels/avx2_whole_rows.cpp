@@ -1,5 +1,5 @@
-// AVX2 kernels of integer weights by bitmaps for few activation rows, where half of the columns are kept and an output
-// row is whole steps, scaled by 32, 64 or 128 columns or altogether. They are bound by instructions: ranking the
+// AVX2 kernels of integer weights by bitmaps for few activation rows, where an output row is whole steps, scaled by 32,
+// 64 or 128 columns or altogether, and groups are no wider than 16 columns. They are bound by instructions: ranking the
 // columns of a bitmap in registers takes a third of those that looking them up does, though weights are expanded then.
 #include "avx2_ranks.h"
 
@@ -93,13 +93,16 @@ struct Call {
   const Layout& layout;
   const PackedRows plan;
   const uint8_t* packed;
-  const int64_t pairs;  // whole ones
-  const bool lone;      // step behind them
-  const int64_t units;  // padded
+  const int64_t pairs;         // whole ones
+  const bool lone;             // step behind them
+  const int64_t block_values;  // of 16 columns
+  const int64_t units;         // padded
   const int64_t a_stride;
   const int64_t readable_scales;  // output rows whose scales can be read eight at a time where they are
+  const int64_t readable_values;  // … whose values have 15 bytes more behind them
   float* const products;          // of scales, for four activation rows
   uint16_t* const copied;         // float16 scales of an output row
+  uint8_t* const copied_values;   // … and its values
 
   Call(const Layout& l, int64_t rows, const uint8_t* activations, void* scratch)
       : layout(l),
@@ -107,15 +110,23 @@ struct Call {
         packed(activations),
         pairs(l.in_features / kPair),
         lone(l.in_features % kPair != 0),
+        block_values(kBlock * l.n / l.m),
         units(PaddedUnits(l)),
         a_stride(Pairs(l) * kPairBytes),
         readable_scales(l.row_scales == 1 ? 0 : l.out_features - (units + l.row_scales - 1) / l.row_scales + 1),
+        readable_values(l.out_features - (kBlock - 2 + l.value_bytes) / l.value_bytes),
         products(static_cast<float*>(scratch)),
-        copied(reinterpret_cast<uint16_t*>(products + 4 * units)) {}
+        copied(reinterpret_cast<uint16_t*>(products + 4 * units)),
+        copied_values(reinterpret_cast<uint8_t*>(copied + units)) {}
 
+  template <class Values>
   Row RowOf(int64_t output) const {
     const Layout& l = layout;
-    return {l.positions + output * l.position_bytes, l.values + output * l.value_bytes, Scales(output),
+    const uint8_t* values = l.values + output * l.value_bytes;
+    if (!Values::kHalf && output >= readable_values) {
+      values = static_cast<const uint8_t*>(memcpy(copied_values, values, static_cast<size_t>(l.value_bytes)));
+    }
+    return {l.positions + output * l.position_bytes, values, Scales(output),
             l.outlier_values + output * l.outlier_bytes, l.outlier_positions + output * l.row_outliers};
   }
 
@@ -151,7 +162,7 @@ template <class Values, int unit, bool lone, int R>
 NM_PIECE void AddPair(const Call& call, const uint8_t* a, int64_t pair, __m256i halves,
                       const typename Values::Stored& stored, __m256 (&totals)[R]) {
   __m256i ranks[kVectors], weights[kVectors];
-  RankColumns(halves, ranks);
+  RankColumns<Values::kHalf>(halves, ranks);
   Values::Expand(stored, ranks, weights);
   for (int r = 0; r < R; ++r) {
     const __m256 products = _mm256_cvtepi32_ps(Values::Multiply(weights, a + pair * kPairBytes + r * call.a_stride));
@@ -180,8 +191,9 @@ template <class Values, int unit, int R, int outliers>
 NM_LOOP void MultiplyRows(const Call& call, int64_t row, int64_t first, int64_t count, __m256* sums) {
   const uint8_t* const a = call.packed + call.plan.pairs + row * call.a_stride;
   const float* const natural = reinterpret_cast<const float*>(call.packed + call.plan.outliers);
+  const int64_t block_values = call.block_values, pair_bytes = Values::PairBytes(block_values);
   for (int64_t i = 0; i < count; ++i) {
-    const Row weight = call.RowOf(first + i);
+    const Row weight = call.RowOf<Values>(first + i);
     call.ScaleProducts<R>(weight.scales, row);
     __m256 totals[R], outlier_total = _mm256_setzero_ps();
     for (__m256& total : totals) total = _mm256_setzero_ps();
@@ -189,36 +201,37 @@ NM_LOOP void MultiplyRows(const Call& call, int64_t row, int64_t first, int64_t 
     int64_t pair = 0;
     for (; pair + 2 <= call.pairs; pair += 2) {
       const uint8_t* bitmap = weight.bitmap + 16 * pair;
-      const uint8_t* values = weight.values + Values::kBytes * pair;
+      const uint8_t* values = weight.values + pair_bytes * pair;
       Prefetch(bitmap);
-      Prefetch(values);
-      if (Values::kBytes == 64) Prefetch(values + 64);
+      for (int64_t line = 0; line < 2 * pair_bytes; line += 64) Prefetch(values + line);
       if (outliers > 0) {
         Prefetch(outlier_values);
         Prefetch(outlier_positions);
       }
       __m256i halves[2];
       TwoPairHalves(bitmap, halves);
-      AddPair<Values, unit, false>(call, a, pair, halves[0], Values::LoadPair(values), totals);
+      AddPair<Values, unit, false>(call, a, pair, halves[0], Values::LoadPair(values, block_values), totals);
       for (int k = 0; k < outliers; k += 8, outlier_values += 16, outlier_positions += 8) {
         const float* columns = natural + kPair * pair;
         const __m256 kept = EightOf(columns, columns, outlier_positions);
         outlier_total = _mm256_fmadd_ps(Float16::Load8(outlier_values), kept, outlier_total);
       }
-      AddPair<Values, unit, false>(call, a, pair + 1, halves[1], Values::LoadPair(values + Values::kBytes), totals);
+      AddPair<Values, unit, false>(call, a, pair + 1, halves[1], Values::LoadPair(values + pair_bytes, block_values),
+                                   totals);
     }
     const uint8_t* bitmap = weight.bitmap + 16 * pair;
-    const uint8_t* values = weight.values + Values::kBytes * pair;
+    const uint8_t* values = weight.values + pair_bytes * pair;
     const int64_t left = outliers > 0 ? call.layout.row_outliers - pair / 2 * outliers : 0;
     Prefetch(bitmap);
     Prefetch(values);
     if (pair < call.pairs) {
-      AddPair<Values, unit, false>(call, a, pair, PairHalves(bitmap), Values::LoadPair(values), totals);
+      AddPair<Values, unit, false>(call, a, pair, PairHalves(bitmap), Values::LoadPair(values, block_values), totals);
       bitmap += 16;
-      values += Values::kBytes;
+      values += pair_bytes;
     }
     if (call.lone) {
-      AddPair<Values, unit, true>(call, a, call.pairs, LoneHalves(bitmap), Values::LoadLone(values), totals);
+      AddPair<Values, unit, true>(call, a, call.pairs, LoneHalves(bitmap), Values::LoadLone(values, block_values),
+                                  totals);
     }
     if (outliers > 0) AddLastOutliers(outlier_values, outlier_positions, left, natural + kPair * pair, outlier_total);
     if (outliers > 0) totals[0] = _mm256_add_ps(totals[0], outlier_total);
@@ -280,7 +293,9 @@ void RunUnits(const Layout& l, int64_t rows, const uint8_t* packed, int64_t firs
   }
 }
 
-size_t ScratchBytes(const Layout& l, int64_t) { return static_cast<size_t>(PaddedUnits(l) * (4 * 4 + 2)); }
+size_t ScratchBytes(const Layout& l, int64_t) {
+  return static_cast<size_t>(PaddedUnits(l) * (4 * 4 + 2) + l.value_bytes + kBlock);
+}
 
 template <class Values>
 void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64_t last, void* scratch, float* y,
@@ -290,17 +305,22 @@ void Run(const Layout& l, int64_t rows, const void* packed, int64_t first, int64
   run(l, rows, static_cast<const uint8_t*>(packed), first, last, scratch, y, y_stride);
 }
 
-template <int dtype>
+template <int dtype, bool half>
 bool Supports(const Layout& l) {
-  const bool whole = IsHalf(l) && l.bitmap && l.in_features % kStep == 0 && l.in_features <= INT32_MAX - 1024;
+  const bool pattern = half ? IsHalf(l) : !IsHalf(l) && !l.dense && l.m <= kBlock;
+  const bool whole = pattern && l.bitmap && l.in_features % kStep == 0 && l.in_features <= INT32_MAX - 1024;
   return l.dtype == dtype && whole && (l.row_scales == 1 || l.scale_columns == UnitColumns(l));
 }
 
 constexpr Kernel kKernels[] = {
-    {"int8 whole row, int8 activations", Isa::kAvx2, true, 1, Int8::kMostRows, Supports<NM_INT8>, PackedBytes, PackRows,
-     ScratchBytes, Run<Int8>},
-    {"int4 whole rows, int8 activations", Isa::kAvx2, true, 1, Int4::kMostRows, Supports<NM_INT4>, PackedBytes,
+    {"int8 whole row, int8 activations", Isa::kAvx2, true, 1, Int8::kMostRows, Supports<NM_INT8, true>, PackedBytes,
+     PackRows, ScratchBytes, Run<Int8>},
+    {"int4 whole rows, int8 activations", Isa::kAvx2, true, 1, Int4::kMostRows, Supports<NM_INT4, true>, PackedBytes,
      PackRows, ScratchBytes, Run<Int4>},
+    {"int8 whole rows of any pattern, int8 activations", Isa::kAvx2, true, 1, AnyInt8::kMostRows,
+     Supports<NM_INT8, false>, PackedBytes, PackRows, ScratchBytes, Run<AnyInt8>},
+    {"int4 whole rows of any pattern, int8 activations", Isa::kAvx2, true, 1, AnyInt4::kMostRows,
+     Supports<NM_INT4, false>, PackedBytes, PackRows, ScratchBytes, Run<AnyInt4>},
 };
 
 }  // namespace
