@@ -21,7 +21,7 @@ inline __m256i SignedOfInt8(__m256i stored) { return _mm256_xor_si256(stored, _m
 inline void UnpackInt4Chunk(const uint8_t* chunk, int64_t half, uint8_t* values) {
   int64_t i = 0;
   for (; half >= 16 && i < half; i += 16) {
-    i = Min(i, half - 16);
+    i = Min(i, half - 16);  // the last sixteen bytes, some of them again
     const __m128i packed = Load128(chunk + i), low_bits = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
     const __m128i low = _mm_and_si128(packed, low_bits), high = _mm_and_si128(_mm_srli_epi16(packed, 4), low_bits);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i), _mm_sub_epi8(low, eight));

@@ -115,7 +115,7 @@ struct WholeRows {
     return kHalf ? IntegerValues{layout.values + output * layout.value_bytes, nullptr} : reader.Row(output, copy);
   }
 
-  // Step + i of an even step, whose int4 values share their bytes where half is kept.
+  // Step + i of an even step; the int4 values of both share their bytes, unless all are kept.
   __m512i LoadOfPair(const IntegerValues& values, int64_t step, int i, uint64_t mask) const {
     return Weights::Load(reader.Address(values, step), i, mask, StepValues<Weights::kDensity>(reader.step_values),
                          reader.offset);
